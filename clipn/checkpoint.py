@@ -1,0 +1,126 @@
+"""Checkpoint files: the published layout's names, reading without executing anything, writing atomically.
+
+A file is a dict {"epoch", "name", "state_dict", ...}. The state_dict is flat: `visual.*`, the text tower's parts by
+their own names (`transformer.*`, `ln_final.*`, ...), `logit_scale`, the same parts with `_no` after the first name
+(`transformer_no.*`), and `prompt_no` [P, context, width]. A plain CLIP checkpoint is the same without the last two.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+PROMPTS = "prompt_no"
+
+# Constants that some writers store beside the weights; they are rebuilt from the model's config.
+_NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size", "transformer.embeddings.position_ids")
+
+
+def published_name(name: str) -> str:
+    """The published layout's name of a CLIPN parameter (module path -> flat name)."""
+    if name == "no_text.prompts":
+        return PROMPTS
+    if name.startswith("no_text.tower."):
+        part, *rest = name.removeprefix("no_text.tower.").split(".")
+        return ".".join([part + "_no", *rest])
+    return name.removeprefix("base.").removeprefix("text.")
+
+
+def is_clipn(state: dict[str, torch.Tensor]) -> bool:
+    """Whether a flat state_dict holds a no tower or prompts."""
+    return any(key.split(".")[0].endswith("_no") for key in state)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file into a dict whose "state_dict" has flat, unprefixed names.
+
+    Takes .safetensors, and PyTorch files with or without the wrapping dict and the "module." prefix. Nothing in the
+    file is executed. Raises FileNotFoundError, or ValueError for a file that is no checkpoint or would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
+    except pickle.UnpicklingError as error:
+        reason = "it holds Python objects that would be executed, or is no PyTorch file; only tensors are read"
+        raise ValueError(f"{path}: refused: {reason}") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a whole checkpoint file: {str(error).strip().splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+    if "state_dict" not in content:
+        content = {"state_dict": content}
+    content["state_dict"] = _flat(content["state_dict"], path)
+    return content
+
+
+def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], names: dict[str, str], source: str) -> None:
+    """Copy every tensor of `state` into `module`; `names` maps each of the module's keys to its key in `state`.
+
+    Raises ValueError, before anything is changed, that lists what is missing, unexpected, or of another shape,
+    or not finite.
+    """
+    own = module.state_dict()
+    assert own.keys() == names.keys()
+    missing = [key for key in names.values() if key not in state]
+    unexpected = sorted(state.keys() - set(names.values()))
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[name].shape)}"
+        for name, key in names.items()
+        if key in state and state[key].numel() * own[name].numel() > 1 and state[key].shape != own[name].shape
+    ]
+    finds = [("missing", missing), ("unexpected", unexpected), ("other shapes", shapes)]
+    text = "; ".join(f"{word}: {_shorten(keys)}" for word, keys in finds if keys)
+    if text:
+        raise ValueError(f"{source}: does not fit this model: {text}")
+    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise ValueError(f"{source}: NaN or infinite weights in: {_shorten(broken)}")
+    # A scalar such as logit_scale is stored as [] or as [1].
+    module.load_state_dict({name: state[key].reshape(own[name].shape) for name, key in names.items()})
+
+
+def write_checkpoint(content: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint so that `path` is at every moment either absent, the old file, or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _torch_load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _flat(state: Any, path: Path) -> dict[str, torch.Tensor]:
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path}: holds no weights: its state_dict is {'empty' if state == {} else type(state)}")
+    flat = {}
+    for key, value in state.items():
+        name = str(key).removeprefix("module.").removeprefix("text.")
+        if name in _NOT_WEIGHTS:
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{path}: {key} is {type(value).__name__}, expected a tensor")
+        flat[name] = value
+    return flat
+
+
+def _shorten(keys: list[str], limit: int = 5) -> str:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return ", ".join(keys[:limit]) + more

@@ -1,0 +1,280 @@
+"""One run's settings: typed dataclasses, filled from a YAML file and `key=value` words through OmegaConf."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+OBJECTIVES = ("clipn", "clip")
+PRECISIONS = ("fp32", "bf16", "fp16")
+TSO_KINDS = ("l2", "cosine")
+WORLDS = ("toy", "photos")
+
+
+def _require(ok: bool, key: str, value: Any, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{key}={value!r}: expected {expected}")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what its random draws start from."""
+
+    dir: str = "runs/clipn"
+    seed: int = 0
+    seeds: list[int] = field(default_factory=list)  # several: one run each in dir/seed_N, then one table of all
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dir), "run.dir", self.dir, "a folder")
+        _require(self.seed >= 0, "run.seed", self.seed, "0 or more")
+        _require(all(s >= 0 for s in self.seeds), "run.seeds", self.seeds, "numbers of 0 or more")
+        known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()
+        _require(known, "run.device", self.device, "one of auto, cpu, cuda, cuda:N")
+
+
+@dataclass
+class WorldConfig:
+    """Data that is made or unpacked before anything else; `name: null` means the data is already there."""
+
+    name: Optional[str] = None  # toy: the built-in drawn world | photos: unpack a folder of photo archives
+    root: str = "${run.dir}/world"
+    source: str = ""  # photos: the folder of archives
+    num_pairs: int = 20000  # toy
+    images_per_class: int = 50  # toy
+    image_size: int = 32  # toy
+    seed: int = 0  # toy
+
+    def __post_init__(self) -> None:
+        _require(self.name is None or self.name in WORLDS, "world.name", self.name, f"null or one of {WORLDS}")
+        _require(self.num_pairs >= 2, "world.num_pairs", self.num_pairs, "2 or more")
+        _require(self.images_per_class >= 1, "world.images_per_class", self.images_per_class, "1 or more")
+        _require(self.image_size >= 8, "world.image_size", self.image_size, "8 or more pixels")
+
+
+@dataclass
+class ModelConfig:
+    """The base CLIP and the size of what CLIPN adds to it."""
+
+    name: str = "ViT-B-16"  # open_clip name, or a path to a JSON model config
+    pretrained: Optional[str] = None  # open_clip tag, or a path to a checkpoint
+    num_prompts: int = 16  # 0: the hand-crafted variant, which reads negated captions
+    image_mean: Optional[list[float]] = None  # only for checkpoints that do not carry their statistics
+    image_std: Optional[list[float]] = None
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name), "model.name", self.name, "an open_clip model name or a JSON file")
+        _require(self.num_prompts >= 0, "model.num_prompts", self.num_prompts, "0 or more")
+        for key, value in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            _require(value is None or len(value) == 3, f"model.{key}", value, "three numbers, or null")
+
+
+@dataclass
+class DataConfig:
+    """The image-caption pairs and how an image is cropped."""
+
+    shards: Any = ""  # "data/cc3m/{00000..00331}.tar", a glob, a list of those, or a .csv / .tsv file
+    num_pairs: Optional[int] = None  # pairs in an epoch; null: all there are
+    workers: int = 4  # decoding processes of each rank
+    caption_key: Optional[str] = None  # read the caption from this key of the .json member, not from the .txt
+    image_column: str = "filepath"  # CSV / TSV
+    caption_column: str = "title"  # CSV / TSV
+    caption_templates: list[str] = field(default_factory=lambda: ["{}"])  # one is drawn per caption
+    crop_scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
+    flip: float = 0.0  # probability of a mirrored image
+    color_jitter: float = 0.0  # strength of brightness, contrast and saturation jitter
+    erase: float = 0.0  # probability of an erased rectangle
+    index_dir: Optional[str] = None  # where the shards' indexes are remembered; null: the user's cache folder
+
+    def __post_init__(self) -> None:
+        many = isinstance(self.shards, (list, tuple)) and all(isinstance(s, str) for s in self.shards)
+        _require(isinstance(self.shards, str) or many, "data.shards", self.shards, "a pattern or a list of patterns")
+        _require(self.num_pairs is None or self.num_pairs >= 2, "data.num_pairs", self.num_pairs, "2 or more, or null")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        scale = self.crop_scale
+        ok = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+        _require(ok, "data.crop_scale", scale, "two numbers with 0 < low <= high <= 1")
+        _require(bool(self.caption_templates), "data.caption_templates", self.caption_templates, "at least one")
+        for template in self.caption_templates:
+            _require("{}" in template, "data.caption_templates", template, 'a text with "{}" in it')
+        _require(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
+        _require(0 <= self.erase <= 1, "data.erase", self.erase, "a probability")
+        _require(0 <= self.color_jitter <= 1, "data.color_jitter", self.color_jitter, "0 to 1")
+
+
+@dataclass
+class TrainConfig:
+    """What is trained and how: the defaults are the recipe of the paper's code."""
+
+    objective: str = "clipn"  # clipn: the no tower and its prompts | clip: the base itself
+    epochs: int = 10
+    batch_size: int = 2048  # global: the sum over ranks
+    lr: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    warmup_steps: int = 0
+    itbo_weight: float = 1.0
+    tso_weight: float = 1.0
+    tso_kind: str = "l2"  # l2 | cosine
+    precision: str = "bf16"  # fp32 | bf16 | fp16
+    resume: str = "auto"  # auto: the run's last checkpoint, if any | never | PATH
+    checkpoint_every_steps: int = 1000  # besides one at the end of each epoch; 0: only those
+    log_every_steps: int = 20
+
+    def __post_init__(self) -> None:
+        _require(self.objective in OBJECTIVES, "train.objective", self.objective, f"one of {OBJECTIVES}")
+        _require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {PRECISIONS}")
+        _require(self.tso_kind in TSO_KINDS, "train.tso_kind", self.tso_kind, f"one of {TSO_KINDS}")
+        _require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
+        _require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more: the losses compare pairs")
+        _require(self.lr > 0, "train.lr", self.lr, "a positive number")
+        ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(ok, "train.betas", self.betas, "two numbers in [0, 1)")
+        for key in ("weight_decay", "eps", "warmup_steps", "itbo_weight", "tso_weight", "checkpoint_every_steps"):
+            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+        _require(self.log_every_steps >= 1, "train.log_every_steps", self.log_every_steps, "1 or more")
+        _require(self.itbo_weight + self.tso_weight > 0, "train.itbo_weight", 0.0, "a loss: both weights are 0")
+
+
+@dataclass
+class EvalConfig:
+    """The image sets that a checkpoint is judged on; `id: null` means no evaluation."""
+
+    id: Any = None  # a folder, or {name: folder}, or {name: {path, classes | exclude}}
+    ood: Any = None  # the same, one entry or many, or a list of folders
+    class_names: Any = "folders"  # imagenet | folders | a .txt or .json file | a list
+    templates: Any = "clipn-release"  # clipn-release | openai | simple | a .txt file | a list
+    methods: list[str] = field(default_factory=lambda: ["MSP", "MaxLogit", "Energy", "MCM", "CTW", "ATD"])
+    scale: float = 100.0
+    checkpoints: Any = None  # a path, a glob or a list: mean and deviation over them; null: this run's own
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        _require(self.scale > 0, "eval.scale", self.scale, "a positive number")
+        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "1 or more")
+        _require(bool(self.methods), "eval.methods", self.methods, "at least one score")
+        _require(self.id is None or bool(self.ood), "eval.ood", self.ood, "at least one image set beside eval.id")
+
+
+@dataclass
+class Config:
+    """A whole run. `base` holds what differs, key by key, while the base CLIP is trained first (empty: it is not)."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    world: WorldConfig = field(default_factory=WorldConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    base: dict[str, Any] = field(default_factory=dict)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file and `key=value` words into a checked Config.
+
+    Raises FileNotFoundError for a missing file; ValueError, one line that names the file (or the command line), the
+    key and the choices, for an unknown key, a wrong type or an impossible value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: not valid YAML: {_first_line(error)}") from error
+    except OSError as error:  # OmegaConf's word for a file that holds one bare value
+        raise ValueError(f"{path}: expected sections ({_choices('')}), found a single value") from error
+    if not isinstance(content, DictConfig):
+        raise ValueError(f"{path}: expected sections ({_choices('')}), found {type(content).__name__}")
+    tree = _merge(OmegaConf.structured(Config), content, str(path))
+    for word in overrides:
+        tree = _merge(tree, _parse_override(word), f"command line, {word}")
+    return _build(tree, str(path), overrides)
+
+
+def base_config(config: Config) -> Config | None:
+    """The settings of the base CLIP's own run, in run.dir/base, or None if `base` is empty.
+
+    Raises ValueError as `load_config` does.
+    """
+    if not config.base:
+        return None
+    tree = OmegaConf.structured(Config)
+    own = OmegaConf.create(to_dict(config) | {"base": {}, "eval": {}})
+    tree = _merge(tree, own, "base")
+    tree = _merge(tree, OmegaConf.create(config.base), "base")
+    tree.run.dir, tree.run.seeds = str(Path(config.run.dir) / "base"), []
+    return _build(tree, "base")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved settings as plain dicts, lists, numbers and texts."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved settings as YAML that `load_config` reads back."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _merge(tree: DictConfig, content: DictConfig, source: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(tree, content)
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, source)) from error
+
+
+def _build(tree: DictConfig, source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    try:
+        config = OmegaConf.to_object(tree)
+        base_config(config)  # an error in `base` is told before any work starts
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, source)) from error
+    except ValueError as error:
+        message = str(error)
+        if any(message.startswith(word.partition("=")[0] + "=") for word in overrides):
+            source = "command line"
+        raise ValueError(message if message.startswith(source) else f"{source}: {message}") from error
+    return config
+
+
+def _parse_override(word: str) -> DictConfig:
+    key, equals, _ = word.partition("=")
+    if not equals or not key:
+        raise ValueError(f"command line, {word!r}: expected key=value, such as train.lr=1e-4")
+    try:
+        return OmegaConf.from_dotlist([word])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"command line, {word!r}: not a valid value: {_first_line(error)}") from error
+
+
+def _explain(error: OmegaConfBaseException, source: str) -> str:
+    """One line for what OmegaConf found: the source, the key, and what could stand there."""
+    key = str(error.full_key or error.key or "")
+    if isinstance(error, ConfigKeyError):
+        section, _, name = key.rpartition(".")
+        choices = _choices(section)
+        near = difflib.get_close_matches(name, choices.split(", "), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return f"{source}: {key}: unknown key{hint}; the keys here are: {choices}"
+    if not key:
+        return f"{source}: a section holds keys, not one value; the sections are: {_choices('')}"
+    return f"{source}: {key}: {_first_line(error)}"
+
+
+def _choices(section: str) -> str:
+    node: Any = Config()
+    for name in filter(None, section.split(".")):
+        node = getattr(node, name, None)
+    return ", ".join(f.name for f in fields(node)) if is_dataclass(node) else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,75 @@
+"""One process or many: who am I, on which device, and the few exchanges that training needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for `run.device`: auto takes this rank's GPU if there is one, else the CPU.
+
+    Raises ValueError when a GPU is asked for that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = torch.device(name)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ValueError(f"run.device={name}: this machine has {torch.cuda.device_count()} visible GPUs")
+    return device
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the ranks that torchrun started (NCCL on CUDA, gloo on the CPU); a single process joins nothing."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Concatenate every rank's rows [b, ...] in rank order -> [world_size * b, ...]. Carries no gradient."""
+    if world_size() == 1:
+        return rows.detach()
+    everyone = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(everyone, rows.detach().contiguous())
+    return torch.cat(everyone)
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The elementwise mean of a small tensor over the ranks."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values

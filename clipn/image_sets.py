@@ -1,0 +1,111 @@
+"""Image sets: a folder of class folders, or a flat folder, as a named list of files with labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .images import IMAGE_SUFFIXES, Transform, open_image
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A named list of image files; `labels` index `classes` (the class folders), which is empty for a flat folder."""
+
+    name: str
+    root: Path
+    paths: list[Path]
+    labels: list[int]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def open_image_set(
+    name: str, root: str | Path, classes: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> ImageSet:
+    """List a folder's images. `classes` keeps only these class folders, `exclude` drops some.
+
+    Raises FileNotFoundError for a missing folder; ValueError for one without images, for an empty class folder, or
+    for a class that is not there.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"image set {name!r}: no such folder: {root}; expected {root}/<class>/<image>.jpg")
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    for asked in [*(classes or ()), *exclude]:
+        if asked not in folders:
+            raise ValueError(f"image set {name!r}: {root} has no class folder {asked!r}; it has: {_some(folders)}")
+    if not folders:
+        paths = sorted(_images(root))
+        if not paths:
+            raise ValueError(f"image set {name!r}: no image in {root} ({', '.join(IMAGE_SUFFIXES)})")
+        return ImageSet(name, root, paths, [], [])
+    kept = [folder for folder in folders if (classes is None or folder in classes) and folder not in exclude]
+    paths, labels = [], []
+    for label, folder in enumerate(kept):
+        found = sorted(_images(root / folder))
+        if not found:
+            raise ValueError(f"image set {name!r}: the class folder {root / folder} holds no image")
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise ValueError(f"image set {name!r}: no class folder of {root} is left; it has: {_some(folders)}")
+    return ImageSet(name, root, paths, labels, kept)
+
+
+def open_image_sets(value: Any, key: str) -> list[ImageSet]:
+    """The image sets behind eval.id or eval.ood.
+
+    value: a folder, a list of folders, {name: folder}, or {name: {path, classes, exclude}}; a folder alone is named
+    after itself. Raises ValueError for anything else, and what `open_image_set` raises.
+    """
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, (list, tuple)):
+        value = {Path(folder).name if isinstance(folder, str) else "": folder for folder in value}
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{key}={value!r}: expected a folder, a list of folders, or name: folder entries")
+    sets = []
+    for name, entry in value.items():
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or "path" not in entry or entry.keys() - {"path", "classes", "exclude"}:
+            raise ValueError(f"{key}.{name}={entry!r}: expected a folder, or path with classes or exclude")
+        sets.append(open_image_set(str(name), entry["path"], entry.get("classes"), entry.get("exclude") or ()))
+    return sets
+
+
+class ImageFiles(Dataset):
+    """Decodes and transforms the images of a set: index -> [3, H, W]."""
+
+    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        path = self.paths[index]
+        try:
+            return self.transform(open_image(path))
+        except Exception as error:  # PIL raises many kinds
+            raise ValueError(f"{path}: not a readable image: {error}") from error
+
+
+def _images(folder: Path) -> Iterable[Path]:
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                yield Path(parent) / name
+
+
+def _some(names: Sequence[str], limit: int = 10) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "none"

@@ -1,0 +1,47 @@
+"""CLIPN's two losses (CLIPN, ICCV 2023, section 3.3), in float32 and stable at any margin."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def itbo_loss(
+    image: Tensor, yes: Tensor, no: Tensor, logit_scale: Tensor | float, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Image-text binary-opposite loss: a matched text's no loses to its yes, an unmatched text's no wins.
+
+    image: [B, D], the whole batch; yes, no: [b, D], the texts of images first .. first + b - 1 (b = B in one process);
+    all L2-normalised. logit_scale: the temperature s, not its log.
+
+    With d[i, j] = s (f_i . n_j - f_i . g_j), returns two scalars, the means over these b texts of
+    softplus(d[j, j]) (matched) and of softplus(-d[i, j]) over the other B - 1 images. The mean over ranks of
+    equally many texts is the loss of the joined batch, so ranks exchange only `image`.
+
+    Raises ValueError for fewer than two images.
+    """
+    if len(image) < 2:
+        raise ValueError(f"itbo_loss: a batch of {len(image)} pair has no unmatched texts; at least 2 are needed")
+    with torch.autocast(image.device.type, enabled=False):
+        margin = logit_scale * image.float() @ (no.float() - yes.float()).T  # d: [B, b]
+        columns = torch.arange(len(yes), device=image.device)
+        rows = columns + first
+        matched = F.softplus(margin[rows, columns]).mean()
+        unmatched = F.softplus(-margin).index_put((rows, columns), margin.new_zeros(()))
+        return matched, unmatched.sum() / (len(yes) * (len(image) - 1))
+
+
+def tso_loss(yes: Tensor, no: Tensor, kind: str = "l2") -> Tensor:
+    """Text semantic-opposite loss: the yes and no features of a text are pushed apart.
+
+    yes, no: [b, D], L2-normalised. kind: "l2" is mean(2 - ||g - n||), with ||g - n|| = sqrt(2 - 2 g.n + 1e-4);
+    "cosine" is mean(1 + g.n). Raises ValueError for another kind.
+    """
+    with torch.autocast(yes.device.type, enabled=False):
+        cosine = (yes.float() * no.float()).sum(dim=-1)
+        if kind == "l2":
+            return (2 - (2 - 2 * cosine + 1e-4).sqrt()).mean()
+        if kind == "cosine":
+            return (1 + cosine).mean()
+    raise ValueError(f"tso_loss: kind={kind!r}: expected 'l2' or 'cosine'")

@@ -1,0 +1,143 @@
+"""What a training run trains, and its loss on a batch: CLIPN's no tower, or the base CLIP itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from open_clip import ClipLoss
+from torch import Tensor, nn
+
+from .checkpoint import load_weights, published_name
+from .config import Config
+from .distributed import gather_rows, rank, world_size
+from .features import autocast
+from .losses import itbo_loss, tso_loss
+from .model import Architecture, build_base, create_model_and_transforms
+
+Batch = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    """A training run's model. `trained` holds every parameter that learns."""
+
+    trained: nn.Module
+    preprocess: dict
+    architecture: Architecture
+
+    def loss(self, trained: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This rank's share of a global batch -> the loss to descend and its terms.
+
+        `trained` is self.trained, wrapped for many ranks or not; the mean over ranks is the loss of the whole batch.
+        """
+
+    def after_step(self) -> dict[str, float]:
+        """Called after each optimizer step; returns what else to log."""
+
+    def published_state(self) -> dict[str, Tensor]:
+        """The weights in the published layout."""
+
+    def load(self, state: dict[str, Tensor], source: str) -> None:
+        """Take weights in the published layout, all of them."""
+
+
+class ClipnObjective:
+    """The no tower and its prompts learn from ITBO and TSO; the base stays as it is (CLIPN, section 3.3)."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        settings = config.model
+        self.config, self.device = config, device
+        self.model, _, _ = create_model_and_transforms(
+            settings.name, settings.pretrained, settings.num_prompts, device, settings.image_mean, settings.image_std
+        )
+        self.model.train()
+        self.trained = self.model.no_text
+        self.preprocess, self.architecture = self.model.preprocess, self.model.architecture
+
+    def loss(self, trained: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        train = self.config.train
+        tokens = batch["tokens"]
+        with autocast(self.device, train.precision):
+            with torch.no_grad():
+                image, yes = self.model.encode_image(batch["image"]), self.model.encode_text(tokens)
+            no = trained(batch.get("no_tokens", tokens), self._choice(len(tokens), step))
+        everyone = gather_rows(image)
+        scale = self.model.logit_scale.exp()
+        itbo_yes, itbo_no = itbo_loss(everyone, yes, no, scale, first=rank() * len(tokens))
+        tso = tso_loss(yes, no, train.tso_kind)
+        loss = 0.5 * (train.itbo_weight * (itbo_yes + itbo_no) + train.tso_weight * tso)
+        return loss, {"itbo_yes": itbo_yes, "itbo_no": itbo_no, "tso": tso}
+
+    def after_step(self) -> dict[str, float]:
+        prompts = self.model.no_text.prompts
+        return {} if prompts is None else {"prompt_norm": float(prompts.detach().mean(dim=0).norm())}
+
+    def published_state(self) -> dict[str, Tensor]:
+        return self.model.published_state()
+
+    def load(self, state: dict[str, Tensor], source: str) -> None:
+        load_weights(self.model, state, self.model.published_names(), source)
+
+    def _choice(self, share: int, step: int) -> Tensor | None:
+        """Each caption's prompt, 0..P with P the mean: drawn for the global batch, so alike on any number of ranks."""
+        if not self.model.num_prompts:
+            return None
+        draws = np.random.default_rng([self.config.run.seed, step])
+        choice = draws.integers(self.model.num_prompts + 1, size=share * world_size())
+        return torch.from_numpy(choice[rank() * share : (rank() + 1) * share]).to(self.device)
+
+
+class ClipObjective:
+    """The base CLIP learns by the ordinary contrastive loss (Radford et al., ICML 2021)."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        settings = config.model
+        self.config, self.device = config, device
+        base, self.architecture = build_base(settings.name, settings.pretrained)
+        for key, value in (("mean", settings.image_mean), ("std", settings.image_std)):
+            if value is not None:
+                base.visual.preprocess_cfg[key] = tuple(value)
+        self.base = base.to(device).train()
+        self.preprocess = base.visual.preprocess_cfg
+        # A logit bias cancels in the softmax, and a caption decoder has no part in this loss.
+        base.requires_grad_(False)
+        for part in (base.visual, base.text):
+            part.requires_grad_(True)
+        base.logit_scale.requires_grad_(True)
+        self.trained = _Towers(base)
+        self.contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
+
+    def loss(self, trained: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        with autocast(self.device, self.config.train.precision):
+            image, text, scale = trained(batch["image"], batch["tokens"])
+        return self.contrastive(image.float(), text.float(), scale), {}
+
+    def after_step(self) -> dict[str, float]:
+        with torch.no_grad():
+            self.base.logit_scale.clamp_(0, math.log(100))  # as CLIP's own training does
+        return {"logit_scale": float(self.base.logit_scale.detach().exp())}
+
+    def published_state(self) -> dict[str, Tensor]:
+        return {published_name(name): value for name, value in self.base.state_dict().items()}
+
+    def load(self, state: dict[str, Tensor], source: str) -> None:
+        names = {name: published_name(name) for name in self.base.state_dict()}
+        load_weights(self.base, state, names, source)
+
+
+class _Towers(nn.Module):
+    """Both towers in one forward call, which many-rank training needs."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        image = self.base.encode_image(images, normalize=True)
+        text = self.base.encode_text(tokens, normalize=True)
+        return image, text, self.base.logit_scale.exp()
+
+
+OBJECTIVES: dict[str, Any] = {"clipn": ClipnObjective, "clip": ClipObjective}

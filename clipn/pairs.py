@@ -1,0 +1,285 @@
+"""Image-caption pairs: webdataset shards or a CSV/TSV table, decoded and tokenised in worker processes.
+
+Every draw (order, crop, template) depends only on (seed, epoch, pair), never on the number of ranks or workers.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import logging
+import random
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .config import Config, DataConfig
+from .distributed import rank, world_size
+from .images import Augmentation, Transform, open_image, train_transform
+from .prompts import fill, negate
+from .shard_index import index_shards, read_at
+
+log = logging.getLogger(__name__)
+
+Tokenizer = Callable[[list[str]], torch.Tensor]
+_MAX_REPLACEMENTS = 20  # unreadable pairs in a row before the data as a whole is called broken
+
+
+class Pair(NamedTuple):
+    """One pair as it is stored: the image file's bytes and the caption."""
+
+    image: bytes
+    caption: str
+
+
+class ShardPairs:
+    """Pairs in webdataset shards (.jpg/.png/.webp + .txt, or .json with a caption), read by random access."""
+
+    def __init__(self, paths: Sequence[Path], caption_key: str | None = None, index_dir: str | None = None) -> None:
+        self.paths, self.caption_key = list(paths), caption_key
+        self.index = index_shards(self.paths, "json" if caption_key else "txt", index_dir)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def name(self, number: int) -> str:
+        """Where a pair lives, for messages."""
+        return f"{self.paths[self.index.shard[number]]}, byte {self.index.image_start[number]}"
+
+    def __getitem__(self, number: int) -> Pair:
+        index, path = self.index, self.paths[self.index.shard[number]]
+        image = read_at(path, index.image_start[number], index.image_size[number])
+        text = read_at(path, index.text_start[number], index.text_size[number]).decode("utf-8")
+        if index.text_is_json[number]:
+            text = _json_caption(text, self.caption_key or "caption")
+        elif self.caption_key:
+            raise ValueError(f"data.caption_key={self.caption_key!r}: there is no .json beside the image")
+        return Pair(image, text)
+
+
+class TablePairs:
+    """Pairs in a CSV or TSV file with an image path (relative to the file) and a caption in each row."""
+
+    def __init__(self, path: Path, image_column: str, caption_column: str) -> None:
+        self.folder, self.path = path.parent, path
+        try:
+            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+        except (ValueError, pd.errors.ParserError) as error:
+            raise ValueError(f"{path}: not a readable table: {error}") from error
+        for key, column in (("image_column", image_column), ("caption_column", caption_column)):
+            if column not in table.columns:
+                found = ", ".join(table.columns)
+                raise ValueError(f"{path}: no column {column!r} (data.{key}); its columns are: {found}")
+        if table.empty:
+            raise ValueError(f"{path}: holds no rows")
+        self.images, self.captions = table[image_column].tolist(), table[caption_column].tolist()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, number: int) -> str:
+        """Where a pair lives, for messages."""
+        return f"{self.path}, row {number + 1}: {self.images[number]}"
+
+    def __getitem__(self, number: int) -> Pair:
+        return Pair((self.folder / self.images[number]).read_bytes(), self.captions[number])
+
+
+def open_pairs(data: DataConfig) -> ShardPairs | TablePairs:
+    """The pairs behind data.shards.
+
+    Raises FileNotFoundError or ValueError for a pattern that matches nothing, an unreadable file, or a first pair
+    without a caption.
+    """
+    paths = expand_patterns(data.shards)
+    if paths[0].suffix in (".csv", ".tsv"):
+        if len(paths) > 1:
+            raise ValueError(f"data.shards: one table or many shards, not {len(paths)} files such as {paths[0]}")
+        return TablePairs(paths[0], data.image_column, data.caption_column)
+    pairs = ShardPairs(paths, data.caption_key, data.index_dir)
+    _compare_sizes(pairs)
+    try:
+        pairs[0]
+    except ValueError as error:
+        raise ValueError(f"{pairs.name(0)}: {error}") from error
+    return pairs
+
+
+def expand_patterns(patterns: str | Sequence[str]) -> list[Path]:
+    """Files for brace patterns ({00000..00331}, {train,val}) and globs, in order.
+
+    Raises FileNotFoundError that names the first missing file or the pattern that matches nothing.
+    """
+    paths: list[Path] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for text in _expand_braces(pattern):
+            found = sorted(glob.glob(text)) if glob.has_magic(text) else [text] if Path(text).is_file() else []
+            if not found:
+                raise FileNotFoundError(f"data.shards={pattern!r}: no such file: {text}")
+            paths += map(Path, found)
+    if not paths:
+        raise FileNotFoundError(f"data.shards={patterns!r}: no files are named")
+    return paths
+
+
+class PairDataset(Dataset):
+    """(epoch, number) -> {"image" [3, H, W], "tokens" [L], "skipped"} and, for negated captions, "no_tokens" [L].
+
+    An unreadable pair is replaced by the next one and counted in "skipped".
+    """
+
+    def __init__(
+        self,
+        pairs: ShardPairs | TablePairs,
+        transform: Transform,
+        tokenizer: Tokenizer,
+        templates: Sequence[str] = ("{}",),
+        negated: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.pairs, self.transform, self.tokenizer = pairs, transform, tokenizer
+        self.templates, self.negated, self.seed = list(templates), negated, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor | int]:
+        epoch, number = item
+        state = int(np.random.SeedSequence([self.seed, epoch, number]).generate_state(1)[0])
+        for skipped in range(_MAX_REPLACEMENTS):
+            place = (number + skipped) % len(self.pairs)
+            try:
+                return self._sample(place, state) | {"skipped": skipped}
+            except Exception as error:  # every kind of broken file, and PIL raises many
+                log.warning("skipped %s: %s", self.pairs.name(place), error)
+        raise ValueError(f"{_MAX_REPLACEMENTS} unreadable pairs in a row, from {self.pairs.name(number)} on")
+
+    def _sample(self, number: int, state: int) -> dict[str, torch.Tensor]:
+        pair = self.pairs[number]
+        caption = pair.caption.strip()
+        if not caption:
+            raise ValueError("the caption is empty")
+        with _seeded(state):
+            image = self.transform(open_image(pair.image))
+        template = random.Random(state).choice(self.templates)
+        sample = {"image": image, "tokens": self.tokenizer([fill(template, caption)])[0]}
+        if self.negated:
+            sample["no_tokens"] = self.tokenizer([fill(negate(template), caption)])[0]
+        return sample
+
+
+class EpochBatches(Sampler):
+    """This rank's share of every global batch, as lists of (epoch, number), from step `start` to the end.
+
+    Each epoch is a fresh permutation drawn from (seed, epoch). What is left of it after the last whole global batch
+    is not used in that epoch; another epoch leaves out other pairs.
+    """
+
+    def __init__(self, num_pairs: int, available: int, batch_size: int, epochs: int, seed: int, start: int) -> None:
+        self.num_pairs, self.available, self.batch_size = num_pairs, available, batch_size
+        self.epochs, self.seed, self.start = epochs, seed, start
+        self.steps_per_epoch = num_pairs // batch_size
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // world_size()
+        for epoch in range(self.start // self.steps_per_epoch, self.epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.available)[: self.num_pairs]
+            first = self.start % self.steps_per_epoch if epoch == self.start // self.steps_per_epoch else 0
+            for step in range(first, self.steps_per_epoch):
+                begin = step * self.batch_size + rank() * share
+                yield [(epoch, int(number)) for number in order[begin : begin + share]]
+
+
+def training_loader(
+    config: Config, pairs: ShardPairs | TablePairs, preprocess: dict, tokenizer: Tokenizer, start: int = 0
+) -> tuple[DataLoader, int]:
+    """This rank's batches from step `start` to the end of training, and the number of steps in an epoch.
+
+    Raises ValueError when data.num_pairs or train.batch_size do not fit the pairs there are, or the ranks.
+    """
+    data, train = config.data, config.train
+    if train.batch_size % world_size():
+        raise ValueError(f"train.batch_size={train.batch_size} cannot be shared equally by {world_size()} ranks")
+    if data.num_pairs and data.num_pairs > len(pairs):
+        raise ValueError(f"data.num_pairs={data.num_pairs}: there are only {len(pairs)} pairs in {data.shards!r}")
+    num_pairs = data.num_pairs or len(pairs)
+    if num_pairs < train.batch_size:
+        raise ValueError(f"train.batch_size={train.batch_size}: an epoch has only {num_pairs} pairs")
+    augmentation = Augmentation(tuple(data.crop_scale), data.flip, data.color_jitter, data.erase)
+    dataset = PairDataset(
+        pairs,
+        train_transform(preprocess, augmentation),
+        tokenizer,
+        data.caption_templates,
+        negated=train.objective == "clipn" and config.model.num_prompts == 0,
+        seed=config.run.seed,
+    )
+    batches = EpochBatches(num_pairs, len(pairs), train.batch_size, train.epochs, config.run.seed, start)
+    pinned = torch.cuda.is_available() and config.run.device != "cpu"
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=data.workers, pin_memory=pinned, worker_init_fn=_leave_signals
+    )
+    return loader, batches.steps_per_epoch
+
+
+def _leave_signals(worker: int) -> None:
+    """A stop is the main process's to handle: it ends the workers after the step under way."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _seeded(state: int) -> Iterator[None]:
+    """Draw from the CPU's default generator, as torchvision does, without leaving a trace in it."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(state)  # torch.manual_seed would also visit every accelerator, at ten times the cost
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+def _json_caption(text: str, key: str) -> str:
+    content = json.loads(text)
+    if not isinstance(content, dict) or not isinstance(content.get(key), str):
+        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"its .json has no text under {key!r} (data.caption_key); its keys are: {found}")
+    return content[key]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """{00000..00003} counts, zero-padded as written; {a,b} lists; several braces multiply."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = []
+    for number, part in enumerate(parts):
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+        if number % 2 == 0:
+            choices.append([part])
+        elif span:
+            low, high = span.groups()
+            choices.append([str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)])
+        else:
+            choices.append(part.split(","))
+    return ["".join(words) for words in itertools.product(*choices)]
+
+
+def _compare_sizes(pairs: ShardPairs) -> None:
+    """Warn where a sizes.json beside the shards promises another number of pairs than there are."""
+    counts = np.bincount(pairs.index.shard, minlength=len(pairs.paths))
+    for folder in sorted({path.parent for path in pairs.paths}):
+        if not (folder / "sizes.json").is_file():
+            continue
+        sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
+        for path, count in zip(pairs.paths, counts, strict=True):
+            if path.parent == folder and sizes.get(path.name, count) != count:
+                log.warning("%s: holds %d pairs, sizes.json says %s", path, count, sizes[path.name])

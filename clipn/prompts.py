@@ -1,0 +1,133 @@
+"""Texts: prompt templates, their negations, and class names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+# What the published evaluation leaves out of OpenAI's 80 ImageNet templates, and where its list has a stray comma.
+_LEFT_OUT = (
+    "embroidered",
+    "plastic",
+    "origami",
+    "toy",
+    "cartoon",
+    "plushie",
+    "hard to see",
+    "itap of my",
+    "art of the",
+)
+_STRAY_COMMA = 34
+
+
+def openai_templates() -> list[str]:
+    """OpenAI's 80 templates for ImageNet, as texts with "{}"."""
+    return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+
+
+def simple_templates() -> list[str]:
+    """OpenAI's 7 best templates for ImageNet, as texts with "{}"."""
+    return [template("{}") for template in SIMPLE_IMAGENET_TEMPLATES]
+
+
+def clipn_release_templates() -> list[str]:
+    """The 128 templates behind CLIPN's published results.
+
+    The single quotes, and one comma after them, were part of the encoded texts.
+    """
+    kept = [text for text in openai_templates() if not any(words in text for words in _LEFT_OUT)]
+    quoted = [f"'{text}'" for text in kept]
+    quoted[_STRAY_COMMA] += ","
+    video = "in a video game"
+    second = [text.replace(" of ", " with ", 1).replace(video, f"appearing {video}") for text in quoted]
+    return quoted + second
+
+
+TEMPLATE_SETS = {
+    "clipn-release": clipn_release_templates,
+    "openai": openai_templates,
+    "simple": simple_templates,
+}
+
+
+def negate(template: str) -> str:
+    """The hand-crafted "no" twin of a template: "a photo of a {}." -> "a photo of no {}."."""
+    return re.sub(r"(?:\b(?:a|an|the|my|one|many)\s+)?\{\}", "no {}", template, count=1)
+
+
+def fill(template: str, text: str) -> str:
+    """The template with `text` in the place of each "{}"; other braces stay as they are."""
+    return template.replace("{}", text)
+
+
+def check_templates(templates: Sequence[str], source: str = "templates") -> list[str]:
+    """The templates as a list. Raises ValueError if there is none, or one without "{}"."""
+    if isinstance(templates, str) or not templates:
+        raise ValueError(f"{source}: expected a list of at least one template, found {templates!r}")
+    for template in templates:
+        if not isinstance(template, str) or "{}" not in template:
+            raise ValueError(f'{source}: {template!r} has no "{{}}" for the class name')
+    return list(templates)
+
+
+def load_templates(value: Any) -> list[str]:
+    """Templates from a set's name, a text file (one per line), or a list.
+
+    Raises ValueError or FileNotFoundError that names the value and the choices.
+    """
+    if not isinstance(value, str):
+        return check_templates(value, "eval.templates")
+    if value in TEMPLATE_SETS:
+        return TEMPLATE_SETS[value]()
+    if not Path(value).is_file():
+        raise FileNotFoundError(f"eval.templates={value!r}: no such file, nor one of {', '.join(TEMPLATE_SETS)}")
+    return check_templates(_lines(Path(value)), value)
+
+
+def load_class_names(value: Any, folders: Sequence[str]) -> list[str]:
+    """One class name per class folder, in the order of `folders`.
+
+    value: "folders" (the folder names, underscores as spaces), "imagenet" (open_clip's 1000), a list, a .txt file
+    (one per line), or a .json file or dict with a list, or with a name (or "name, synonym, ...") for each folder.
+
+    Raises ValueError when the number differs from the folders', FileNotFoundError for a missing file.
+    """
+    source = f"eval.class_names={value!r}" if isinstance(value, str) else "eval.class_names"
+    names = value
+    if value == "folders":
+        names = [folder.replace("_", " ") for folder in folders]
+    elif value == "imagenet":
+        names = list(IMAGENET_CLASSNAMES)
+    elif isinstance(value, str):
+        names = _read_names(Path(value))
+    if isinstance(names, dict):
+        absent = [folder for folder in folders if folder not in names]
+        if absent:
+            raise ValueError(f"{source}: no name for the class folder {absent[0]!r} ({len(absent)} in all)")
+        names = [str(names[folder]).split(",")[0].strip() for folder in folders]
+    names = [str(name).strip() for name in names or []]
+    if not names or not all(names):
+        raise ValueError(f"{source}: expected names, found {'an empty one' if names else 'none'}")
+    if folders and len(names) != len(folders):
+        raise ValueError(f"{source}: {len(names)} class names for {len(folders)} class folders")
+    return names
+
+
+def _read_names(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"eval.class_names={str(path)!r}: no such file, nor 'imagenet' or 'folders'")
+    if path.suffix != ".json":
+        return _lines(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
