@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -43,7 +43,7 @@ class RunConfig:
 class WorldConfig:
     """Data that is made or unpacked before anything else; `name: null` means the data is already there."""
 
-    name: Optional[str] = None  # toy: the built-in drawn world | photos: unpack a folder of photo archives
+    name: str | None = None  # toy: the built-in drawn world | photos: unpack a folder of photo archives
     root: str = "${run.dir}/world"
     source: str = ""  # photos: the folder of archives
     num_pairs: int = 20000  # toy
@@ -63,10 +63,10 @@ class ModelConfig:
     """The base CLIP and the size of what CLIPN adds to it."""
 
     name: str = "ViT-B-16"  # open_clip name, or a path to a JSON model config
-    pretrained: Optional[str] = None  # open_clip tag, or a path to a checkpoint
+    pretrained: str | None = None  # open_clip tag, or a path to a checkpoint
     num_prompts: int = 16  # 0: the hand-crafted variant, which reads negated captions
-    image_mean: Optional[list[float]] = None  # only for checkpoints that do not carry their statistics
-    image_std: Optional[list[float]] = None
+    image_mean: list[float] | None = None  # only for checkpoints that do not carry their statistics
+    image_std: list[float] | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "model.name", self.name, "an open_clip model name or a JSON file")
@@ -80,9 +80,9 @@ class DataConfig:
     """The image-caption pairs and how an image is cropped."""
 
     shards: Any = ""  # "data/cc3m/{00000..00331}.tar", a glob, a list of those, or a .csv / .tsv file
-    num_pairs: Optional[int] = None  # pairs in an epoch; null: all there are
+    num_pairs: int | None = None  # pairs in an epoch; null: all there are
     workers: int = 4  # decoding processes of each rank
-    caption_key: Optional[str] = None  # read the caption from this key of the .json member, not from the .txt
+    caption_key: str | None = None  # read the caption from this key of the .json member, not from the .txt
     image_column: str = "filepath"  # CSV / TSV
     caption_column: str = "title"  # CSV / TSV
     caption_templates: list[str] = field(default_factory=lambda: ["{}"])  # one is drawn per caption
@@ -90,7 +90,7 @@ class DataConfig:
     flip: float = 0.0  # probability of a mirrored image
     color_jitter: float = 0.0  # strength of brightness, contrast and saturation jitter
     erase: float = 0.0  # probability of an erased rectangle
-    index_dir: Optional[str] = None  # where the shards' indexes are remembered; null: the user's cache folder
+    index_dir: str | None = None  # where the shards' indexes are remembered; null: the user's cache folder
 
     def __post_init__(self) -> None:
         many = isinstance(self.shards, (list, tuple)) and all(isinstance(s, str) for s in self.shards)
@@ -155,8 +155,10 @@ class EvalConfig:
     scale: float = 100.0
     checkpoints: Any = None  # a path, a glob or a list: mean and deviation over them; null: this run's own
     batch_size: int = 256
+    precision: str = "fp32"  # fp32 | bf16 | fp16
 
     def __post_init__(self) -> None:
+        _require(self.precision in PRECISIONS, "eval.precision", self.precision, f"one of {PRECISIONS}")
         _require(self.scale > 0, "eval.scale", self.scale, "a positive number")
         _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "1 or more")
         _require(bool(self.methods), "eval.methods", self.methods, "at least one score")

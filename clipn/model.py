@@ -93,6 +93,11 @@ class CLIPN(nn.Module):
         """open_clip's description of the image preprocessing: size, mean, std, interpolation, resize_mode, ..."""
         return self.base.visual.preprocess_cfg
 
+    def set_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        """Normalise images with these three means and deviations; None keeps what the checkpoint said."""
+        given = {"mean": mean, "std": std}
+        self.preprocess.update({key: tuple(value) for key, value in given.items() if value is not None})
+
     def train(self, mode: bool = True) -> CLIPN:
         """Only the no tower ever trains: the base keeps its batch statistics and drops nothing."""
         super().train(mode)
@@ -140,49 +145,51 @@ def create_model_and_transforms(
     Raises ValueError or FileNotFoundError for unknown names and for files that do not fit.
     """
     if pretrained is not None and Path(pretrained).is_file():
-        content = read_checkpoint(pretrained)
-        clipn = is_clipn(content["state_dict"])
-        base, architecture = build_base(model_name, None if clipn else pretrained, content, random_text=True)
-        if clipn:
-            num_prompts = len(content["state_dict"].get(PROMPTS, ()))
-        model = CLIPN(base, num_prompts, architecture)
-        if clipn:
-            load_weights(model, content["state_dict"], model.published_names(), str(pretrained))
+        model = load_model(read_checkpoint(pretrained), str(pretrained), model_name, num_prompts)
     else:
         base, architecture = build_base(model_name, pretrained)
         model = CLIPN(base, num_prompts, architecture)
-    statistics = {"mean": image_mean and tuple(image_mean), "std": image_std and tuple(image_std)}
-    model.preprocess.update({key: value for key, value in statistics.items() if value is not None})
+    model.set_statistics(image_mean, image_std)
     model.to(device).eval()
     return model, train_transform(model.preprocess), val_transform(model.preprocess)
 
 
-def build_base(
-    model_name: str | Architecture,
-    pretrained: str | Path | None = None,
-    content: dict[str, Any] | None = None,
-    random_text: bool = False,
-) -> tuple[nn.Module, Architecture]:
-    """An open_clip model with its text tower at `.text`, and the JSON config that describes it.
+def load_model(content: dict[str, Any], source: str, model_name: str | Architecture, num_prompts: int = 16) -> CLIPN:
+    """A CLIPN from a checkpoint that has been read, and `source`, its name for messages.
 
-    pretrained: an open_clip tag or a plain CLIP checkpoint. content: that file, or a CLIPN checkpoint's, if it has
-    been read already; its preprocessing is taken. random_text: do not fetch a Hugging Face text tower's own weights.
+    A CLIPN checkpoint decides the number of prompts; a plain CLIP gets `num_prompts` of them, and a no tower that is a
+    copy of its text tower. Raises ValueError for weights that do not fit the model.
     """
     architecture = find_architecture(model_name)
-    is_file = pretrained is not None and Path(pretrained).is_file()
-    if is_file and content is None:
+    state = content["state_dict"]
+    clipn = is_clipn(state)
+    base = _build_from_config(architecture, fetch_text=False)
+    base.visual.preprocess_cfg.update(content.get("preprocess") or {})
+    if not clipn:
+        _load_base(base, state, source)
+    model = CLIPN(base, len(state.get(PROMPTS, ())) if clipn else num_prompts, architecture)
+    if clipn:
+        load_weights(model, state, model.published_names(), source)
+    return model
+
+
+def build_base(model_name: str | Architecture, pretrained: str | Path | None = None) -> tuple[nn.Module, Architecture]:
+    """An open_clip model with its text tower at `.text`, and the JSON config that describes it.
+
+    pretrained: an open_clip tag, a path to a plain CLIP checkpoint, or None for random weights.
+    """
+    architecture = find_architecture(model_name)
+    if pretrained is not None and Path(pretrained).is_file():
         content = read_checkpoint(pretrained)
-    if pretrained is not None and not is_file:
-        return _build_from_tag(model_name, str(pretrained), architecture), architecture
-    if isinstance(model_name, str) and _has_scheme(model_name) and content is None:
-        return open_clip.create_model(model_name, force_custom_text=True), architecture
-    fetch_text = not random_text and not is_file and architecture["text_cfg"].get("hf_model_pretrained", True)
-    base = _build_from_config(architecture, fetch_text)
-    if is_file:
-        names = {name: published_name(name) for name in base.state_dict()}
-        load_weights(base, content["state_dict"], names, str(pretrained))
-    if content and content.get("preprocess"):
-        base.visual.preprocess_cfg.update(content["preprocess"])
+        base = _build_from_config(architecture, fetch_text=False)
+        base.visual.preprocess_cfg.update(content.get("preprocess") or {})
+        _load_base(base, content["state_dict"], str(pretrained))
+    elif pretrained is not None:
+        base = _build_from_tag(model_name, str(pretrained), architecture)
+    elif isinstance(model_name, str) and model_name.startswith(("hf-hub:", "local-dir:")):
+        base = open_clip.create_model(model_name, force_custom_text=True)
+    else:
+        base = _build_from_config(architecture, architecture["text_cfg"].get("hf_model_pretrained", True))
     return base, architecture
 
 
@@ -226,8 +233,8 @@ def _features(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return F.normalize(pooled.float(), dim=-1)
 
 
-def _has_scheme(model_name: str) -> bool:
-    return model_name.startswith(("hf-hub:", "local-dir:"))
+def _load_base(base: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    load_weights(base, state, {name: published_name(name) for name in base.state_dict()}, source)
 
 
 def _read_architecture(path: Path) -> Architecture:

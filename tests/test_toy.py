@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipn.toy import ID_THINGS, NEAR_THINGS, make_world
+from clipn.toy import ID_THINGS, NEAR_THINGS, make_toy
 from clipn.toy_shapes import SCENES, TEXTURES, THINGS
 
 SMALL = {"num_pairs": 30, "images_per_class": 2, "workers": 1}
@@ -30,13 +30,13 @@ def read_pairs(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("small") / "world", **SMALL)
+    return make_toy(tmp_path_factory.mktemp("small") / "world", **SMALL)
 
 
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory) -> list[str]:
     """The captions of a world with more than one shard."""
-    root = make_world(tmp_path_factory.mktemp("captions"), num_pairs=2600, images_per_class=1)
+    root = make_toy(tmp_path_factory.mktemp("captions"), num_pairs=2600, images_per_class=1)
     assert [path.name for path in sorted((root / "pairs").iterdir())] == ["pairs-00000.tar", "pairs-00001.tar"]
     return [content.decode() for name, content in read_pairs(root).items() if name.endswith(".txt")]
 
@@ -48,8 +48,8 @@ def test_things_are_split_into_disjoint_halves():
 
 
 def test_bytes_follow_from_the_seed_whatever_the_workers(small, tmp_path):
-    assert read_all(make_world(tmp_path / "pool", **SMALL | {"workers": 2})) == read_all(small)
-    other = read_all(make_world(tmp_path / "other", **SMALL, seed=1))
+    assert read_all(make_toy(tmp_path / "pool", **SMALL | {"workers": 2})) == read_all(small)
+    other = read_all(make_toy(tmp_path / "other", **SMALL, seed=1))
     assert other.keys() == read_all(small).keys()
     same = [name for name, content in read_all(small).items() if other[name] == content]
     assert all(name.startswith("digits/") for name in same), "two seeds may choose one of the few digits, no more"
@@ -119,22 +119,22 @@ def test_kinds_have_their_share(captions):
 
 
 def test_a_second_call_reuses_and_other_parameters_refuse(tmp_path):
-    root = make_world(tmp_path, **SMALL)
+    root = make_toy(tmp_path, **SMALL)
     shard = root / "pairs" / "pairs-00000.tar"
     shard.write_bytes(b"touched")
-    assert make_world(str(root), **SMALL | {"workers": 2}) == root
+    assert make_toy(str(root), **SMALL | {"workers": 2}) == root
     assert shard.read_bytes() == b"touched"
     with pytest.raises(ValueError, match=r"'seed': 0.*'seed': 3.*another root") as error:
-        make_world(root, **SMALL, seed=3)
+        make_toy(root, **SMALL, seed=3)
     assert str(root) in str(error.value)
 
 
 def test_a_half_made_world_is_made_anew(small, tmp_path):
-    make_world(tmp_path, **SMALL | {"images_per_class": 3, "num_pairs": 40})
+    make_toy(tmp_path, **SMALL | {"images_per_class": 3, "num_pairs": 40})
     (tmp_path / "world.json").unlink()
     (tmp_path / "near" / NEAR_THINGS[0] / "0000.jpg").unlink()
     (tmp_path / "notes.txt").write_text("mine")
-    world = read_all(make_world(tmp_path, **SMALL))
+    world = read_all(make_toy(tmp_path, **SMALL))
     assert world.pop("notes.txt") == b"mine"
     assert world == read_all(small)
 
@@ -144,17 +144,17 @@ def test_folders_of_others_are_left_alone(tmp_path):
     image.parent.mkdir(parents=True)
     image.write_bytes(b"mine")
     with pytest.raises(ValueError, match="digits"):
-        make_world(tmp_path, **SMALL)
+        make_toy(tmp_path, **SMALL)
     assert image.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("name, value", [("num_pairs", 0), ("images_per_class", 0), ("seed", -1), ("image_size", 4)])
 def test_parameters_out_of_range_are_named(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
-        make_world(tmp_path / "world", **{name: value})
+        make_toy(tmp_path / "world", **{name: value})
     assert not (tmp_path / "world").exists()
 
 
 def test_other_image_sizes(tmp_path):
-    root = make_world(tmp_path, num_pairs=5, images_per_class=1, image_size=48, workers=1)
+    root = make_toy(tmp_path, num_pairs=5, images_per_class=1, image_size=48, workers=1)
     assert {Image.open(path).size for path in root.rglob("*.jpg")} == {(48, 48)}

@@ -1,0 +1,47 @@
+"""What the command lines share: the run's log file, and errors as one line with an exit code that says what to do."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .distributed import is_main
+from .train import Interrupted
+
+FAILED = 1  # the message says what to change
+RESUME = 75  # stopped on request: the same command goes on
+
+log = logging.getLogger("clipn")
+
+
+def start_log(folder: str | Path) -> None:
+    """Send the package's messages to the terminal and to the file `log` in a run's folder (rank 0 only)."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO if is_main() else logging.ERROR)
+    log.propagate = False
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(terminal)
+    if is_main():
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(Path(folder) / "log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(file)
+
+
+def fail_in_one_line(main: Callable[[], None]) -> None:
+    """Run a command; an error that its user can mend is one line on stderr, not a traceback."""
+    try:
+        main()
+    except Interrupted as stopped:
+        log.warning("%s", stopped)
+        sys.exit(RESUME)
+    except KeyboardInterrupt:
+        sys.exit("interrupted before training began; the same command starts again")
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        log.error("error: %s", error)
+        sys.exit(FAILED)

@@ -1,0 +1,192 @@
+"""Judge checkpoints on ID and OOD image sets: one feature pass per set, every score from the same features."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from .checkpoint import read_checkpoint
+from .config import Config
+from .distributed import choose_device
+from .features import image_set_features
+from .head import Head, build_head
+from .image_sets import ImageSet, open_image_sets
+from .images import val_transform
+from .metrics import ood_metrics
+from .model import CLIPN, create_model_and_transforms, get_tokenizer, load_model
+from .prompts import load_class_names, load_templates
+from .report import write_report
+from .scores import DECISIONS, SCORES
+from .train import last_checkpoint
+
+log = logging.getLogger(__name__)
+
+RESULT_COLUMNS = ["id_set", "ood_set", "method", "AUROC", "FPR95", "AUPR_IN", "AUPR_OUT", "id_accuracy", "seed"]
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """What one model says of one image set of N images."""
+
+    scores: dict[str, np.ndarray]  # by method: [N], higher means ID
+    says_ood: dict[str, np.ndarray]  # by threshold-free decision: [N] bool
+    predicted: np.ndarray  # [N] class indices
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found. The tables hold fractions: one row per OOD set, method or decision, and checkpoint."""
+
+    results: pd.DataFrame  # RESULT_COLUMNS
+    decisions: pd.DataFrame
+    image_sets: list[ImageSet]  # the ID set first
+    scores: dict[str, dict[str, np.ndarray]]  # by set and method, of the first checkpoint
+
+
+def evaluate(config: Config) -> Evaluation:
+    """Evaluate as `config.eval` says and write results.csv, decisions.csv, results.md and figures/ in run.dir.
+
+    Raises ValueError or FileNotFoundError for image sets, names, templates, methods or checkpoints that are not there
+    or do not fit.
+    """
+    settings = config.eval
+    methods = check_methods(settings.methods)
+    id_sets, ood_sets = open_image_sets(settings.id, "eval.id"), open_image_sets(settings.ood, "eval.ood")
+    if len(id_sets) != 1:
+        raise ValueError(f"eval.id: expected one image set, found {', '.join(s.name for s in id_sets)}")
+    class_names = load_class_names(settings.class_names, id_sets[0].classes)
+    templates = load_templates(settings.templates)
+    rows, decisions, first = [], [], None
+    for model, seed in _models(config):
+        head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
+        found = {s.name: _judge(config, model, head, s) for s in [*id_sets, *ood_sets]}
+        first = first or found
+        rows += _result_rows(id_sets[0], ood_sets, found, methods, seed)
+        decisions += _decision_rows(id_sets[0], ood_sets, found, seed)
+    evaluation = Evaluation(
+        pd.DataFrame(rows, columns=RESULT_COLUMNS),
+        pd.DataFrame(decisions),
+        id_sets + ood_sets,
+        {name: set_scores.scores for name, set_scores in first.items()},
+    )
+    write_report(Path(config.run.dir), *evaluation)
+    return evaluation
+
+
+def join(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Several runs' evaluations as one; the pictures are of the first."""
+    results, decisions = (pd.concat([e[part] for e in evaluations], ignore_index=True) for part in (0, 1))
+    return evaluations[0]._replace(results=results, decisions=decisions)
+
+
+def check_methods(methods: Sequence[str]) -> list[str]:
+    """The names of scores. Raises ValueError that names an unknown one and the choices."""
+    for method in methods:
+        if method not in SCORES:
+            raise ValueError(f"eval.methods: unknown score {method!r}; the scores are: {', '.join(SCORES)}")
+    return list(methods)
+
+
+@torch.no_grad()
+def score_features(
+    head: Head, features: Tensor, methods: Sequence[str], scale: float = 100.0, block: int = 4096
+) -> SetScores:
+    """[N, D] image features -> every score and decision, a block of images at a time."""
+    parts: dict[str, list[Tensor]] = {}
+    for rows in features.split(block):
+        logits_yes, logits_no = head(rows.to(head.weight_yes.device), scale)
+        values = {f"score {name}": SCORES[name](logits_yes, logits_no, scale) for name in methods}
+        values |= {f"says {name}": decide(logits_yes, logits_no) for name, decide in DECISIONS.items()}
+        for name, value in {**values, "predicted": logits_yes.argmax(dim=1)}.items():
+            parts.setdefault(name, []).append(value.cpu())
+    whole = {name: torch.cat(part).numpy() for name, part in parts.items()}
+    return SetScores(
+        {name: whole[f"score {name}"] for name in methods},
+        {name: whole[f"says {name}"] for name in DECISIONS},
+        whole["predicted"],
+    )
+
+
+def find_checkpoints(config: Config) -> list[str]:
+    """The checkpoints that eval.checkpoints, this run's own folder, or model.pretrained name, in that order.
+
+    Raises FileNotFoundError for a path or glob that matches nothing. An open_clip tag in model.pretrained gives [].
+    """
+    asked: Any = config.eval.checkpoints
+    if not asked:
+        own, given = last_checkpoint(config.run.dir), config.model.pretrained
+        return [str(own)] if own.is_file() else [given] if given and Path(given).is_file() else []
+    paths = []
+    for pattern in [asked] if isinstance(asked, str) else asked:
+        found = sorted(glob.glob(str(pattern)))
+        if not found:
+            raise FileNotFoundError(f"eval.checkpoints={pattern!r}: no such file")
+        paths += found
+    return paths
+
+
+def _models(config: Config) -> Any:
+    """Each checkpoint's model, ready on the device, and the seed that it was trained with."""
+    settings, device = config.model, choose_device(config.run.device)
+    statistics = (settings.image_mean, settings.image_std)
+    paths = find_checkpoints(config)
+    if not paths and not settings.pretrained:
+        last = last_checkpoint(config.run.dir)
+        raise FileNotFoundError(f"nothing to evaluate: no {last}; name a checkpoint in eval.checkpoints")
+    for path in paths:
+        log.info("evaluating %s", path)
+        content = read_checkpoint(path)
+        model = load_model(content, path, content.get("architecture") or settings.name, settings.num_prompts)
+        model.set_statistics(*statistics)
+        yield model.to(device).eval(), content.get("config", {}).get("run", {}).get("seed", config.run.seed)
+    if not paths:
+        log.info("evaluating %s, %s", settings.name, settings.pretrained)
+        yield (
+            create_model_and_transforms(settings.name, settings.pretrained, settings.num_prompts, device, *statistics)[
+                0
+            ],
+            config.run.seed,
+        )
+
+
+def _judge(config: Config, model: CLIPN, head: Head, images: ImageSet) -> SetScores:
+    settings = config.eval
+    features = image_set_features(
+        model, images, val_transform(model.preprocess), settings.batch_size, config.data.workers, settings.precision
+    )
+    return score_features(head, features, settings.methods, settings.scale)
+
+
+def _result_rows(
+    id_set: ImageSet, ood_sets: Sequence[ImageSet], found: dict[str, SetScores], methods: Sequence[str], seed: int
+) -> list[dict]:
+    inside = found[id_set.name]
+    accuracy = float((inside.predicted == id_set.labels).mean()) if id_set.labels else float("nan")
+    return [
+        {"id_set": id_set.name, "ood_set": ood.name, "method": method, "id_accuracy": accuracy, "seed": seed}
+        | ood_metrics(inside.scores[method], found[ood.name].scores[method])
+        for ood in ood_sets
+        for method in methods
+    ]
+
+
+def _decision_rows(
+    id_set: ImageSet, ood_sets: Sequence[ImageSet], found: dict[str, SetScores], seed: int
+) -> list[dict]:
+    """The threshold-free decisions: the share of ID that is kept, of OOD that is found, and of both that is right."""
+    rows = []
+    for ood in ood_sets:
+        for name in DECISIONS:
+            kept, told = ~found[id_set.name].says_ood[name], found[ood.name].says_ood[name]
+            right = float(np.concatenate([kept, told]).mean())
+            shares = {"id_kept": float(kept.mean()), "ood_found": float(told.mean()), "accuracy": right}
+            rows.append({"id_set": id_set.name, "ood_set": ood.name, "decision": name, **shares, "seed": seed})
+    return rows

@@ -1,0 +1,18 @@
+"""The data that a config asks to have made or unpacked first."""
+
+from __future__ import annotations
+
+from .config import WorldConfig
+from .photos import unpack_photos
+from .toy import make_toy
+
+
+def make_world(world: WorldConfig) -> None:
+    """Make `world.name` in `world.root`, unless it is there already; nothing for `name: null`.
+
+    Raises ValueError where world.root holds something else, FileNotFoundError where world.source does not exist.
+    """
+    if world.name == "toy":
+        make_toy(world.root, world.num_pairs, world.images_per_class, world.seed, world.image_size)
+    elif world.name == "photos":
+        unpack_photos(world.source, world.root)

@@ -1,0 +1,78 @@
+"""Train as a config says: python scripts/train.py CONFIG.yaml [key=value ...]
+
+Makes the config's world first if it names one, trains the base CLIP if the config has a `base`, then trains, and
+evaluates if the config has an `eval.id`. Under torchrun it uses every rank. Stopped, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clipn.command import fail_in_one_line, start_log
+from clipn.config import Config, base_config, load_config
+from clipn.distributed import barrier, choose_device, is_main, process_group
+from clipn.evaluate import evaluate, join
+from clipn.report import summary, write_report
+from clipn.train import last_checkpoint, train
+from clipn.world import make_world
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; see the module's text. Raises what training and evaluation raise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file, such as configs/toy.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.lr=1e-4 run.seed=1")
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    with process_group(choose_device(config.run.device)):
+        for run in each_seed(arguments.config, arguments.overrides, config):
+            train_one(run)
+        main_rank = is_main()
+    if main_rank:
+        finish(arguments.config, arguments.overrides, config)
+
+
+def each_seed(path: str, overrides: list[str], config: Config) -> list[Config]:
+    """The config itself, or for run.seeds one per seed, in run.dir/seed_N."""
+    if not config.run.seeds:
+        return [config]
+    folder = Path(config.run.dir)
+    return [
+        load_config(path, [*overrides, f"run.seed={seed}", f"run.dir={folder / f'seed_{seed}'}", "run.seeds=[]"])
+        for seed in config.run.seeds
+    ]
+
+
+def train_one(config: Config) -> None:
+    """World, base and training of one run."""
+    start_log(config.run.dir)
+    if is_main():
+        make_world(config.world)
+    barrier()
+    base = base_config(config)
+    if base:
+        start_log(base.run.dir)
+        train(base)
+        start_log(config.run.dir)
+    train(config)
+
+
+def finish(path: str, overrides: list[str], config: Config) -> None:
+    """Evaluate what was trained, if the config says on what, and say where everything is."""
+    runs = each_seed(path, overrides, config)
+    if config.eval.id is None:
+        print(f"done: {', '.join(str(last_checkpoint(run.run.dir)) for run in runs)}")
+        return
+    evaluations = [evaluate(run) for run in runs]
+    if config.run.seeds:
+        write_report(Path(config.run.dir), *join(evaluations))
+    print(summary(join(evaluations).results))
+    print(f"done: table in {config.run.dir}/results.md, pictures in {config.run.dir}/figures/")
+
+
+if __name__ == "__main__":
+    fail_in_one_line(main)
