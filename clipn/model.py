@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from .checkpoint import PROMPTS, is_clipn, load_weights, published_name, read_checkpoint
@@ -45,12 +46,16 @@ class NoTextTower(nn.Module):
         choice: [B] integers in 0..P, the prompt that each caption gets; P, and None for all, is the mean prompt.
         """
         if self.prompts is None:
-            return _features(self.tower(tokens))
-        prompt = self._select(choice)[:, : tokens.shape[1]]
-        # The embedding's output is where token and position embeddings meet, in every kind of text tower.
-        hook = self._embedding().register_forward_hook(lambda module, args, output: output + prompt.to(output.dtype))
+            return text_features(self.tower, tokens)
+        prompts = self._select(choice)
+
+        # What is added to the token embeddings is added to their sum with the positions, in every kind of text tower.
+        def add_prompts(module: nn.Module, arguments: tuple, embedded: Tensor) -> Tensor:
+            return embedded + prompts[:, : embedded.shape[1]].to(embedded.dtype)
+
+        hook = self._embedding().register_forward_hook(add_prompts)
         try:
-            return _features(self.tower(tokens))
+            return text_features(self.tower, tokens)
         finally:
             hook.remove()
 
@@ -110,7 +115,7 @@ class CLIPN(nn.Module):
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """[B, L] token ids -> [B, D] by the "yes" tower."""
-        return _features(self.base.encode_text(tokens, normalize=False))
+        return text_features(self.base.text, tokens)
 
     def encode_no_text(self, tokens: Tensor, choice: Tensor | None = None) -> Tensor:
         """[B, L] token ids -> [B, D] by the "no" tower, with the mean prompt unless `choice` says otherwise."""
@@ -226,6 +231,26 @@ def get_tokenizer(model_name: str | Architecture) -> Callable[[str | list[str]],
     if text.get("hf_tokenizer_name"):
         return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
     return SimpleTokenizer(**options)
+
+
+def text_features(tower: nn.Module, tokens: Tensor) -> Tensor:
+    """[B, L] token ids -> [B, D], float32, L2-normalised, by an open_clip text tower.
+
+    The padding after the batch's last end token is not read where leaving it out changes nothing: where no position
+    looks ahead and the pooled one is the end token's.
+    """
+    if not _ignores_padding(tower):
+        return _features(tower(tokens))
+    is_end = tokens == tokens.amax(dim=1, keepdim=True) if tower.pool_type == "argmax" else tokens == tower.eos_id
+    length = int(is_end.int().argmax(dim=1).max()) + 1
+    mask = tower.attn_mask[:length, :length]
+    return _features(torch.func.functional_call(tower, {"attn_mask": mask}, (tokens[:, :length],)))
+
+
+def _ignores_padding(tower: nn.Module) -> bool:
+    if not isinstance(tower, TextTransformer) or tower.attn_mask is None:
+        return False
+    return tower.cls_emb is None and tower.pool_type in ("argmax", "eos")
 
 
 def _features(output: Tensor | tuple[Tensor, ...]) -> Tensor:

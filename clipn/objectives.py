@@ -15,7 +15,7 @@ from .config import Config
 from .distributed import gather_rows, rank, world_size
 from .features import autocast
 from .losses import itbo_loss, tso_loss
-from .model import Architecture, build_base, create_model_and_transforms
+from .model import Architecture, build_base, create_model_and_transforms, text_features
 
 Batch = dict[str, Tensor]
 
@@ -136,7 +136,7 @@ class _Towers(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         image = self.base.encode_image(images, normalize=True)
-        text = self.base.encode_text(tokens, normalize=True)
+        text = text_features(self.base.text, tokens)
         return image, text, self.base.logit_scale.exp()
 
 

@@ -86,8 +86,7 @@ def build_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.AdamW
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = any(p.is_cuda for p in parameters)
-    return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps, fused=True)
 
 
 def learning_rate(step: int, total: int, train: TrainConfig) -> float:
