@@ -79,6 +79,7 @@ class ModelConfig:
 class DataConfig:
     """The image-caption pairs and how an image is cropped."""
 
+    root: str = "data"  # for ${data.root} in the paths of a config
     shards: Any = ""  # "data/cc3m/{00000..00331}.tar", a glob, a list of those, or a .csv / .tsv file
     num_pairs: int | None = None  # pairs in an epoch; null: all there are
     workers: int = 4  # decoding processes of each rank

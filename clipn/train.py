@@ -73,9 +73,22 @@ def train(config: Config) -> Path:
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
         save_config(config, Path(config.run.dir) / "config.yaml")
         _keep_metrics(config, step)
+    learning = sum(p.numel() for p in objective.trained.parameters() if p.requires_grad)
+    log.info(
+        "training %s (%s, %.1f M parameters learn) on %s: %d pairs, %d epochs of %d steps, from step %d",
+        config.train.objective,
+        config.model.name,
+        learning / 1e6,
+        f"{world_size()} x {device}",
+        config.data.num_pairs or len(pairs),
+        config.train.epochs,
+        steps_per_epoch,
+        step,
+    )
     run = _Run(config, objective, optimizer, scaler, device, steps_per_epoch, step)
     with _stop_signals() as stop:
         run.steps(loader, stop)
+    log.info("trained: %s", last_checkpoint(config.run.dir))
     return last_checkpoint(config.run.dir)
 
 
@@ -133,6 +146,8 @@ class _Run:
                     self.write_metrics(loss, terms, grad_norm)
                     bar.set_postfix(loss=f"{loss:.3f}")
                 ends_epoch = self.step % self.steps_per_epoch == 0
+                if ends_epoch:
+                    log.info("epoch %d of %d: loss %.4f", self.step // self.steps_per_epoch, train.epochs, loss)
                 every = train.checkpoint_every_steps
                 if ends_epoch or stop or (every and self.step % every == 0):
                     self.save(ends_epoch)
@@ -247,7 +262,6 @@ def _find_resume(config: Config) -> dict[str, Any] | None:
 def _restore(training: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     optimizer.load_state_dict(training["optimizer"])
     scaler.load_state_dict(training["scaler"])
-    log.info("resumed after step %d", training["step"])
     return training["step"]
 
 

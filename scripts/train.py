@@ -67,7 +67,10 @@ def finish(path: str, overrides: list[str], config: Config) -> None:
     if config.eval.id is None:
         print(f"done: {', '.join(str(last_checkpoint(run.run.dir)) for run in runs)}")
         return
-    evaluations = [evaluate(run) for run in runs]
+    evaluations = []
+    for run in runs:
+        start_log(run.run.dir)
+        evaluations.append(evaluate(run))
     if config.run.seeds:
         write_report(Path(config.run.dir), *join(evaluations))
     print(summary(join(evaluations).results))

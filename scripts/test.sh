@@ -1,0 +1,7 @@
+#!/bin/sh
+# sh scripts/test.sh [pytest arguments]: sets up if needed, then runs the linter and the tests.
+cd "$(dirname "$0")/.." || exit 1
+. scripts/setup.sh
+set_up 'import pytest, hypothesis, ruff'
+
+"$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . && exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,41 @@
+"""What the tests share: small models, and the golden files where they are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).resolve().parent.parent.parent / "shared" / "golden"
+
+VISION = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
+TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+
+
+def architecture(vision: dict | None = None, text: dict | None = None, **more) -> dict:
+    """A model config small enough for tests."""
+    return {"embed_dim": 32, "vision_cfg": {**VISION, **(vision or {})}, "text_cfg": {**TEXT, **(text or {})}, **more}
+
+
+@pytest.fixture
+def small_config(tmp_path) -> str:
+    """The path of a small model's JSON config."""
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(architecture()))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict:
+    """The golden model's files, texts and expected values; skipped where they are absent."""
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden files (shared/golden beside the project) are not here")
+    expected = json.loads((GOLDEN / "expected.json").read_text())
+    with np.load(GOLDEN / "expected.npz") as arrays:
+        expected["arrays"] = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return expected | {"config": str(GOLDEN / "model_config.json"), "checkpoint": str(GOLDEN / "epoch_1.pt")}

@@ -1,0 +1,68 @@
+"""What several test files need: small images, shards and image folders."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+
+def image_bytes(colour=(200, 30, 30), size=(24, 24), kind: str = "JPEG") -> bytes:
+    """An encoded image of one colour."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, kind)
+    return stream.getvalue()
+
+
+def jpeg_bytes(colour=(200, 30, 30), size=(24, 24)) -> bytes:
+    return image_bytes(colour, size, "JPEG")
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """An uncompressed tar of these members, in this order."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
+    """A webdataset shard from {key: {extension: content}}."""
+    return write_tar(
+        path, {f"{key}.{kind}": content for key, parts in samples.items() for kind, content in parts.items()}
+    )
+
+
+def numbered_samples(count: int, first: int = 0) -> dict[str, dict[str, bytes]]:
+    """Samples for `write_shard`: number n has the caption "caption n" and an image of the colour (2n, n, 255 - n)."""
+    numbers = range(first, first + count)
+    return {f"{n:05d}": {"jpg": jpeg_bytes((2 * n, n, 255 - n)), "txt": f"caption {n}".encode()} for n in numbers}
+
+
+def write_images(folder: Path, *names: str) -> Path:
+    """A folder with these small images in it (names such as "cat/1.jpg")."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 12), (20 * n % 256, 90, 160)).save(path)
+    return folder
+
+
+def spell(texts: list[str], length: int = 64) -> torch.Tensor:
+    """A tokenizer whose tokens are the characters' codes, so that `read` gives the text back."""
+    tokens = torch.zeros(len(texts), length, dtype=torch.long)
+    for row, text in zip(tokens, texts, strict=True):
+        codes = [ord(letter) for letter in text[:length]]
+        row[: len(codes)] = torch.tensor(codes)
+    return tokens
+
+
+def read(tokens: torch.Tensor) -> list[str]:
+    """The texts that `spell` wrote."""
+    return ["".join(chr(code) for code in row.tolist() if code) for row in tokens]

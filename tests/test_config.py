@@ -1,0 +1,331 @@
+"""Settings: what is read, what is refused, and how a mistake is told."""
+
+import re
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from clipn.config import Config, base_config, load_config, save_config, to_dict
+
+SECTIONS = "run, world, model, data, train, eval, base"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a config file and give its path."""
+
+    def _write(text: str, name: str = "my_config.yaml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+def complaint(path, *overrides: str) -> str:
+    """The one line that `load_config` answers with."""
+    with pytest.raises(ValueError) as error:
+        load_config(path, overrides)
+    message = str(error.value)
+    assert message and "\n" not in message, "one line"
+    return message
+
+
+# What is read
+
+
+def test_an_empty_file_gives_the_defaults(write):
+    for text in ("", "# only a comment\n"):
+        assert to_dict(load_config(write(text))) == to_dict(Config())
+
+
+def test_the_defaults_are_the_recipe_of_the_papers_code():
+    train, data, model, evaluation = Config().train, Config().data, Config().model, Config().eval
+    assert (train.epochs, train.batch_size, train.lr, train.weight_decay) == (10, 4 * 512, 3e-4, 0.2)
+    assert (train.betas, train.eps, train.warmup_steps, train.objective) == ([0.9, 0.98], 1e-6, 0, "clipn")
+    assert (data.crop_scale, data.flip, model.num_prompts) == ([0.9, 1.0], 0, 16)
+    assert (evaluation.scale, evaluation.templates) == (100, "clipn-release")
+
+
+def test_a_file_changes_only_what_it_names(write):
+    config = load_config(write("train: {lr: 1e-4, epochs: 3}\nmodel: {num_prompts: 0}\n"))
+    expected = to_dict(Config())
+    expected["train"] |= {"lr": 1e-4, "epochs": 3}
+    expected["model"] |= {"num_prompts": 0}
+    assert to_dict(config) == expected
+
+
+def test_numbers_without_a_point_are_numbers(write):
+    """YAML 1.1 calls 3e-4 a text."""
+    lr = load_config(write("train: {lr: 3e-4}")).train.lr
+    assert isinstance(lr, float) and lr == 3e-4
+
+
+def test_words_of_the_command_line_win_and_the_last_one_counts(write):
+    path = write("train: {lr: 0.1, epochs: 3}\nrun: {dir: here}\n")
+    config = load_config(path, ["train.lr=1e-3", "train.lr=1e-2", "run.dir=a=b", "model.pretrained=null"])
+    assert (config.train.lr, config.train.epochs, config.run.dir, config.model.pretrained) == (1e-2, 3, "a=b", None)
+
+
+@pytest.mark.parametrize(
+    "word, section, key, value",
+    [
+        ("data.shards=data/{00000..00331}.tar", "data", "shards", "data/{00000..00331}.tar"),
+        ("data.shards=data/*.tar", "data", "shards", "data/*.tar"),
+        ("data.shards=[a.tar,b.tar]", "data", "shards", ["a.tar", "b.tar"]),
+        ("train.betas=[0.5,0.6]", "train", "betas", [0.5, 0.6]),
+        ("run.device=cuda:1", "run", "device", "cuda:1"),
+        ("run.dir=runs/with a space", "run", "dir", "runs/with a space"),
+        ("eval.class_names=[night owl, cat]", "eval", "class_names", ["night owl", "cat"]),
+    ],
+)
+def test_words_of_many_kinds(write, word, section, key, value):
+    assert getattr(getattr(load_config(write(""), [word]), section), key) == value
+
+
+def test_a_word_adds_an_image_set_to_those_of_the_file(write):
+    path = write("eval: {id: {cats: a}, ood: {dogs: b}}")
+    assert load_config(path, ["eval.ood.owls=c"]).eval.ood == {"dogs": "b", "owls": "c"}
+
+
+def test_one_key_refers_to_another_wherever_it_was_set(write):
+    path = write("model: {pretrained: '${run.dir}/base/checkpoints/last.pt'}\nrun: {dir: there}\n")
+    assert load_config(path).model.pretrained == "there/base/checkpoints/last.pt"
+    assert load_config(path, ["run.dir=else where"]).model.pretrained == "else where/base/checkpoints/last.pt"
+    assert load_config(path, ["run.dir=x"]).world.root == "x/world"
+
+
+def test_an_image_set_as_a_mapping_arrives_as_plain_dicts_and_lists(write):
+    config = load_config(write("eval: {id: {near: {path: p, classes: [a, b]}}, ood: [q, r]}"))
+    assert config.eval.id == {"near": {"path": "p", "classes": ["a", "b"]}}
+    assert type(config.eval.id["near"]) is dict and type(config.eval.ood) is list
+
+
+def test_saved_settings_are_read_back(write, tmp_path):
+    path = write(
+        "run: {dir: 'döner/ünd', seeds: [1, 2]}\ndata: {shards: ['a/{0..3}.tar', 'b.tar']}\n"
+        "model: {pretrained: '${run.dir}/x.pt', image_mean: [0.5, 0.5, 0.5]}\n"
+        "eval: {id: {cats: {path: p, exclude: [a]}}, ood: [q], class_names: ['no', 'on', '1e3']}\n"
+        "base: {train: {objective: clip, epochs: 2}}\n"
+    )
+    config = load_config(path)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert "${" not in (tmp_path / "saved.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load((tmp_path / "saved.yaml").read_text(encoding="utf-8")) == to_dict(config)
+
+
+# The base's own run
+
+
+def test_no_base_no_run():
+    assert base_config(Config()) is None
+
+
+def test_the_base_differs_key_by_key_and_runs_beside(write):
+    config = load_config(
+        write(
+            "run: {dir: runs/x, seed: 5, seeds: [5, 6]}\ntrain: {lr: 0.1, epochs: 9}\n"
+            "model: {name: m.json, pretrained: '${run.dir}/base/checkpoints/last.pt'}\n"
+            "eval: {id: a, ood: b}\n"
+            "base: {train: {objective: clip, epochs: 2}, model: {pretrained: null}}\n"
+        )
+    )
+    base = base_config(config)
+    assert (base.train.objective, base.train.epochs, base.train.lr) == ("clip", 2, 0.1)
+    assert (base.model.name, base.model.pretrained) == ("m.json", None)
+    assert (base.run.dir, base.run.seed, base.run.seeds) == ("runs/x/base", 5, [])
+    assert base.eval.id is None and base_config(base) is None
+    assert config.train.epochs == 9, "the run itself is as it was"
+
+
+# What is refused, and how
+
+
+@pytest.mark.parametrize(
+    "text, key, near, choices",
+    [
+        ("trian: {lr: 1}", "trian", "did you mean train?", SECTIONS),
+        ("train: {learning_rate: 1}", "train.learning_rate", "", "lr, betas, eps"),
+        ("train: {epoch: 1}", "train.epoch", "did you mean epochs?", "objective, epochs, batch_size"),
+        ("base: {train: {lrr: 3}}", "train.lrr", "did you mean lr?", "objective, epochs, batch_size"),
+        ("base: {trian: {lr: 3}}", "trian", "did you mean train?", SECTIONS),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_choices(write, text, key, near, choices):
+    path = write(text)
+    message = complaint(path)
+    assert message.startswith(str(path))
+    assert f"{key}: unknown key" in message and near in message and choices in message
+    assert ("base" in message.split(key)[0]) == text.startswith("base")
+
+
+WRONG = [
+    # a value, the key that must be named, and a word of what is expected
+    ("train", "lr", "abc", "abc"),
+    ("train", "epochs", "1.5", "1.5"),
+    ("train", "betas", "3", ""),
+    ("train", "epochs", "0", "1 or more"),
+    ("train", "batch_size", "1", "2 or more"),
+    ("train", "lr", "0", "positive"),
+    ("train", "lr", ".nan", "positive"),
+    ("train", "lr", ".inf", ""),
+    ("train", "betas", "[0.9, 1.0]", "[0, 1)"),
+    ("train", "objective", "clp", "clipn"),
+    ("train", "precision", "fp8", "bf16"),
+    ("train", "tso_kind", "l1", "cosine"),
+    ("train", "weight_decay", "-0.1", "0 or more"),
+    ("run", "device", "tpu", "cuda:N"),
+    ("run", "seed", "-1", "0 or more"),
+    ("run", "seeds", "[0, -1]", "0 or more"),
+    ("run", "dir", "''", "folder"),
+    ("world", "name", "tou", "toy"),
+    ("model", "num_prompts", "-1", "0 or more"),
+    ("model", "image_mean", "[0.5]", "three"),
+    ("data", "shards", "3", "pattern"),
+    ("data", "crop_scale", "[0.9, 0.5]", "low <= high"),
+    ("data", "caption_templates", "[a photo]", "{}"),
+    ("data", "caption_templates", "[]", "at least one"),
+    ("data", "flip", "2", "probability"),
+    ("data", "workers", "-1", "0 or more"),
+    ("data", "num_pairs", "1", "2 or more"),
+    ("eval", "methods", "[]", "at least one"),
+    ("eval", "precision", "int8", "fp32"),
+    ("eval", "scale", "0", "positive"),
+]
+
+
+@pytest.mark.parametrize("section, key, value, expected", WRONG)
+def test_an_impossible_value_in_a_file_is_named(write, section, key, value, expected):
+    path = write(f"{section}: {{{key}: {value}}}")
+    message = complaint(path)
+    assert message.startswith(str(path)) and f"{section}.{key}" in message and expected in message
+
+
+@pytest.mark.parametrize("section, key, value, expected", WRONG)
+def test_an_impossible_value_on_the_command_line_is_named(write, section, key, value, expected):
+    path = write("")
+    message = complaint(path, "run.dir=fine", f"{section}.{key}={value}")
+    assert message.startswith("command line") and f"{section}.{key}" in message and expected in message
+    assert str(path) not in message
+
+
+def test_an_impossible_value_in_base_is_told_before_any_work(write):
+    path = write("base: {train: {epochs: 0}}")
+    message = complaint(path)
+    assert message.startswith(str(path)) and "base" in message and "train.epochs=0" in message
+
+
+def test_a_mistake_in_base_from_the_command_line_is_told_as_such(write):
+    message = complaint(write(""), "base.train.epochs=0")
+    assert "command line" in message and "train.epochs=0" in message
+
+
+def test_id_without_ood_is_refused(write):
+    assert "eval.ood" in complaint(write("eval: {id: folder}"))
+
+
+@pytest.mark.parametrize("text", ["train: 3", "train: [1]", "train: null", "train: fast"])
+def test_a_section_with_one_value_is_named(write, text):
+    path = write(text)
+    message = complaint(path)
+    assert message.startswith(str(path)) and re.search(r"\btrain\b", message.split("the sections are")[0])
+
+
+@pytest.mark.parametrize("text", ["3", "hello", "[1, 2]", "- run: 1"])
+def test_a_file_without_sections_is_told_the_sections(write, text):
+    path = write(text)
+    message = complaint(path)
+    assert message.startswith(str(path)) and SECTIONS in message
+
+
+@pytest.mark.parametrize("text", ["run: {dir: a", "a: b: c", "\t", "run:\n  dir: a\nrun:\n  dir: b\n", "&a [*a]"])
+def test_a_file_that_is_no_yaml_is_named(write, text):
+    path = write(text)
+    assert complaint(path).startswith(f"{path}: not valid YAML")
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"run: {dir: d\xf6ner}")
+    assert complaint(path).startswith(str(path))
+
+
+@pytest.mark.parametrize("text", ["train: {lr: !!float abc}", "train: {epochs: !!int ''}", "run: {dir: !!bool maybe}"])
+def test_a_value_that_its_tag_does_not_fit_is_told_with_the_file(write, text):
+    path = write(text)
+    assert complaint(path).startswith(str(path))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(FileNotFoundError):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["fast", "=3", "--lr", ""])
+def test_a_word_that_is_no_setting_is_told_the_form(write, word):
+    message = complaint(write(""), word)
+    assert message.startswith("command line") and repr(word) in message and "key=value" in message
+
+
+@pytest.mark.parametrize("word", ["train.lrr=1", "lr=1", "train.lr.x=1", "train=3", "train.betas=[1", "run..dir=x"])
+def test_a_wrong_word_is_quoted(write, word):
+    message = complaint(write(""), word)
+    assert message.startswith("command line") and word in message
+
+
+def test_an_item_of_a_list_cannot_be_set_but_the_word_is_told(write):
+    message = complaint(write(""), "train.betas[0]=0.5")
+    assert message.startswith("command line") and "train.betas" in message
+
+
+@pytest.mark.parametrize("value", ["${nope}", "${run.dir}", "${"])
+def test_a_reference_that_leads_nowhere_is_named(write, value):
+    path = write(f"run: {{dir: '{value}'}}")
+    message = complaint(path)
+    assert message.startswith(str(path)) and (value == "${" or "run.dir" in message)
+
+
+# Any file at all
+
+SCRAPS = ["run", "train", "base", "eval", "lr", "dir", ": ", "{", "}", "[", "]", "- ", "\n", "\n  ", "&a ", "*a", "${"]
+SCRAPS += ["!!int ", "!!float ", "!!timestamp ", "!!binary ", "!!set ", "'", '"', "3", "x", "~", "<<", "???", "|", "\t"]
+TEXTS = st.text(max_size=60) | st.lists(st.sampled_from(SCRAPS), max_size=14).map("".join)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS)
+@example(text="a: !!timestamp foo")
+@example(text="a: !!int ''")
+@example(text="a: !!bool maybe")
+@example(text="[" * 3000)
+@example(text="base: &a {x: *a}")
+@example(text="base: '${base}'")
+@example(text='"two\n\nlines": 3')
+@example(text="null: 3")
+@example(text="? [1]\n: 2")
+def test_any_text_loads_or_is_refused_in_one_line(tmp_path, text):
+    path = tmp_path / "any.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
+    try:
+        config = load_config(path)
+    except ValueError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+    else:
+        assert isinstance(config, Config)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(word=TEXTS | st.text(max_size=20).map(lambda text: f"train.lr={text}"))
+@example(word="train.lr=!!timestamp foo")
+def test_any_word_is_taken_or_refused_in_one_line(tmp_path, word):
+    path = tmp_path / "empty.yaml"
+    path.write_text("")
+    try:
+        assert isinstance(load_config(path, [word]), Config)
+    except ValueError as error:
+        assert "\n" not in str(error)

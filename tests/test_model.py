@@ -1,0 +1,207 @@
+"""The model: freezing, prompts, every kind of tower, and loading."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import architecture
+
+import clipn
+from clipn.checkpoint import read_checkpoint, write_checkpoint
+from clipn.model import CLIPN, build_base, context_length, text_features
+
+TEXTS = ["a photo of a red apple", "dog", "a long caption of a city at night with many many lights and cars in it all"]
+
+FAMILIES = {
+    "vit": architecture(),
+    "vit of another width, context and activation": architecture(
+        {"width": 96, "pool_type": "avg"}, {"context_length": 24, "width": 48, "heads": 3}, quick_gelu=True
+    ),
+    "modified resnet": architecture({"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}),
+    "end token by id": architecture(text={"pool_type": "eos", "eos_id": 49407}),
+    "last token, no causal mask": architecture(text={"no_causal_mask": True, "pool_type": "last", "proj_bias": True}),
+    "no text projection": architecture(text={"proj_type": "none"}),
+    "custom blocks": architecture(text={"qk_norm": True, "scale_attn": True, "ls_init_value": 0.1}),
+    "siglip's logit bias": architecture(init_logit_bias=-10.0, custom_text=True),
+    "nonscalar logit scale": architecture(nonscalar_logit_scale=True),
+    "coca": architecture(
+        {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        {"embed_cls": True, "output_tokens": True},
+        multimodal_cfg={"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+        custom_text=True,
+    ),
+}
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES.keys())
+def family(request):
+    torch.manual_seed(0)
+    return clipn.create_model_and_transforms(copy.deepcopy(request.param), num_prompts=3)[0]
+
+
+def tokens_of(model):
+    return clipn.get_tokenizer(model.architecture)(TEXTS)
+
+
+def test_features_are_unit_length_float32(family):
+    tokens = tokens_of(family)
+    assert tokens.shape == (3, context_length(family.architecture))
+    for features in (
+        family.encode_image(torch.randn(3, 3, 32, 32)),
+        family.encode_text(tokens),
+        family.encode_no_text(tokens),
+        family.encode_no_text(tokens, torch.tensor([0, 2, 3])),
+    ):
+        assert features.dtype == torch.float32 and features.shape == (3, 32)
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
+
+
+def test_text_is_read_as_open_clip_reads_it(family):
+    tokens = tokens_of(family)
+    expected = family.base.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(family.encode_text(tokens), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(family.encode_no_text(tokens), expected, rtol=1e-5, atol=1e-6)  # a copy, prompts zero
+
+
+def test_only_the_no_tower_learns_and_all_of_it(family):
+    before = copy.deepcopy(family.state_dict())
+    family.train()
+    tokens = tokens_of(family)
+    image = family.encode_image(torch.randn(3, 3, 32, 32))
+    no = family.encode_no_text(tokens, torch.tensor([0, 1, 3]))
+    terms = clipn.losses.itbo_loss(image, family.encode_text(tokens), no, family.logit_scale.exp())
+    (sum(terms) + clipn.losses.tso_loss(family.encode_text(tokens), no)).sum().backward()
+    assert {name.split(".")[0] for name, p in family.named_parameters() if p.requires_grad} == {"no_text"}
+    assert all(p.grad is None for p in family.base.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in family.no_text.parameters())
+    torch.optim.AdamW(family.no_text.parameters(), lr=1e-2).step()
+    after = family.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("base."))
+    assert not torch.equal(before["no_text.prompts"], after["no_text.prompts"])
+
+
+def test_checkpoint_round_trip(family, tmp_path):
+    with torch.no_grad():
+        for parameter in family.no_text.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    write_checkpoint({"epoch": 1, "name": "x", "state_dict": family.published_state()}, tmp_path / "epoch_1.pt")
+    loaded, _, _ = clipn.create_model_and_transforms(family.architecture, tmp_path / "epoch_1.pt")
+    assert loaded.num_prompts == 3
+    for name, value in family.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_each_caption_gets_the_prompt_that_was_chosen_for_it():
+    model, _, _ = clipn.create_model_and_transforms(architecture(), num_prompts=2)
+    torch.nn.init.normal_(model.no_text.prompts)
+    tokens = tokens_of(model)[[0, 0, 0]]
+    chosen = model.encode_no_text(tokens, torch.tensor([0, 1, 2]))
+    tower, position = model.no_text.tower, model.no_text.tower.positional_embedding
+    for row, prompt in zip(chosen, [*model.no_text.prompts, model.no_text.prompts.mean(0)], strict=True):
+        shifted = {"positional_embedding": position + prompt}
+        expected = torch.nn.functional.normalize(torch.func.functional_call(tower, shifted, (tokens[:1],)), dim=-1)[0]
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.encode_no_text(tokens[:1])[0], chosen[2])
+
+
+@pytest.mark.parametrize("text", [{}, {"pool_type": "eos", "eos_id": 49407}, {"context_length": 77}])
+def test_padding_changes_nothing(text):
+    """Gradients included: read whole, and cut after the last end token."""
+    torch.manual_seed(0)
+    tower = build_base(architecture(text=text))[0].text
+    tokens = clipn.get_tokenizer(architecture(text=text))(["dog", "a red apple"])
+
+    def gradient_of(features):
+        tower.zero_grad()
+        features[:, 0].sum().backward()
+        return features.detach(), tower.positional_embedding.grad.clone()
+
+    whole = gradient_of(torch.nn.functional.normalize(tower(tokens), dim=-1))
+    torch.testing.assert_close(gradient_of(text_features(tower, tokens)), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_no_prompts_is_the_hand_crafted_variant():
+    model, _, _ = clipn.create_model_and_transforms(architecture(), num_prompts=0)
+    assert model.num_prompts == 0 and "prompt_no" not in model.published_state()
+    tokenizer = clipn.get_tokenizer(architecture())
+    head = clipn.build_head(model, tokenizer, ["cat", "dog"], ["a photo of a {}.", "art of the {}"])
+    texts = ["a photo of no cat.", "art of no cat", "a photo of no dog.", "art of no dog"]
+    expected = model.encode_no_text(tokenizer(texts)).unflatten(0, (2, 2)).sum(1)
+    torch.testing.assert_close(head.weight_no, torch.nn.functional.normalize(expected, dim=-1))
+
+
+def test_the_base_keeps_its_batch_statistics():
+    model, _, _ = clipn.create_model_and_transforms(FAMILIES["modified resnet"])
+    before = copy.deepcopy(model.base.state_dict())
+    model.train()
+    model.encode_image(torch.randn(4, 3, 32, 32))
+    assert model.no_text.training and not model.base.training
+    assert all(torch.equal(value, before[name]) for name, value in model.base.state_dict().items())
+
+
+def test_a_plain_clip_gives_both_towers(tmp_path):
+    base, _ = build_base(architecture())
+    write_checkpoint({"state_dict": {f"module.{k}": v for k, v in base.state_dict().items()}}, tmp_path / "clip.pt")
+    model, _, _ = clipn.create_model_and_transforms(architecture(), tmp_path / "clip.pt", num_prompts=4)
+    assert model.num_prompts == 4 and not model.no_text.prompts.any()
+    for name, value in base.text.state_dict().items():
+        assert torch.equal(model.no_text.tower.state_dict()[name], value)
+        assert torch.equal(model.base.text.state_dict()[name], value)
+
+
+def test_statistics_come_with_the_checkpoint_and_can_be_given(tmp_path, small_config):
+    model, _, _ = clipn.create_model_and_transforms(small_config)
+    preprocess = {**model.preprocess, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 1.0)}
+    path = tmp_path / "epoch_1.pt"
+    write_checkpoint({"state_dict": model.published_state(), "preprocess": preprocess}, path)
+    loaded, train_transform, val_transform = clipn.create_model_and_transforms(small_config, path)
+    assert loaded.preprocess["std"] == (0.25, 0.5, 1.0)
+    for transform in (train_transform, val_transform):
+        assert tuple(transform.transforms[-1].std) == (0.25, 0.5, 1.0)
+    given, _, _ = clipn.create_model_and_transforms(small_config, path, image_mean=[0, 0, 0])
+    assert given.preprocess["mean"] == (0, 0, 0) and given.preprocess["std"] == (0.25, 0.5, 1.0)
+
+
+def test_a_json_config_does_not_change_open_clips_names(tmp_path):
+    import open_clip
+
+    path = tmp_path / "ViT-B-16.json"
+    path.write_text(json.dumps(architecture()))
+    clipn.create_model_and_transforms(str(path))
+    assert open_clip.get_model_config("ViT-B-16")["embed_dim"] == 512
+
+
+def test_unknown_names_are_told_with_the_choices(tmp_path, small_config):
+    with pytest.raises(ValueError, match="'ViT-Z'.*ViT-B-16"):
+        clipn.create_model_and_transforms("ViT-Z")
+    with pytest.raises(ValueError, match="'ViT-Z'"):
+        clipn.get_tokenizer("ViT-Z")
+    with pytest.raises(ValueError, match="no such file, and no open_clip tag.*laion2b_s34b_b88k"):
+        clipn.create_model_and_transforms("ViT-B-16", "no_such_tag")
+    with pytest.raises(ValueError, match="no such file"):
+        clipn.create_model_and_transforms(small_config, "missing.pt")
+    with pytest.raises(FileNotFoundError, match=r"missing\.json"):
+        clipn.create_model_and_transforms("missing.json")
+    (tmp_path / "other.json").write_text('{"embed_dim": 3}')
+    with pytest.raises(ValueError, match="vision_cfg, text_cfg"):
+        clipn.get_tokenizer(str(tmp_path / "other.json"))
+
+
+def test_hugging_face_text_towers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, intermediate_size=32, max_position_embeddings=40)
+    config.save_pretrained(tmp_path)
+    text = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "hf_proj_type": "linear"}
+    made = {"embed_dim": 32, "vision_cfg": architecture()["vision_cfg"], "text_cfg": {**text, "context_length": 12}}
+    model, _, _ = clipn.create_model_and_transforms(made, num_prompts=2)
+    assert model.no_text.prompts.shape == (2, 12, 32)
+    tokens = torch.randint(1, 100, (3, 12))
+    torch.testing.assert_close(model.encode_no_text(tokens), model.encode_text(tokens))
+    torch.nn.init.normal_(model.no_text.prompts)
+    assert not torch.allclose(model.encode_no_text(tokens), model.encode_text(tokens))
+    write_checkpoint({"state_dict": model.published_state()}, tmp_path / "epoch_1.pt")
+    loaded, _, _ = clipn.create_model_and_transforms(made, tmp_path / "epoch_1.pt")
+    torch.testing.assert_close(loaded.encode_no_text(tokens), model.encode_no_text(tokens))
+    assert isinstance(loaded, CLIPN) and read_checkpoint(tmp_path / "epoch_1.pt")["state_dict"]

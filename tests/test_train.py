@@ -1,0 +1,222 @@
+"""Training: what learns, resuming, interruption, many ranks, and the errors a user would meet."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import architecture
+from helpers import numbered_samples, write_shard
+
+import clipn.objectives
+from clipn.checkpoint import read_checkpoint, write_checkpoint
+from clipn.config import load_config
+from clipn.model import build_base
+from clipn.train import Interrupted, build_optimizer, last_checkpoint, learning_rate, train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A run of 2 epochs x 3 steps of 6 pairs on a tiny base CLIP."""
+    write_shard(tmp_path / "pairs.tar", numbered_samples(20, first=40))
+    (tmp_path / "model.json").write_text(json.dumps(architecture()))
+    torch.manual_seed(0)
+    base, made = build_base(architecture())
+    write_checkpoint({"state_dict": base.state_dict(), "architecture": made}, tmp_path / "clip.pt")
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"""
+run: {{dir: {tmp_path}/run, device: cpu}}
+model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clip.pt, num_prompts: 3}}
+data: {{shards: {tmp_path}/pairs.tar, workers: 0, index_dir: {tmp_path}/index}}
+train: {{epochs: 2, batch_size: 6, precision: fp32, log_every_steps: 1, lr: 1e-3, checkpoint_every_steps: 2}}
+"""
+    )
+    return path
+
+
+def weights(path):
+    return read_checkpoint(path)["state_dict"]
+
+
+def assert_same(first, second, **tolerance):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if tolerance:
+            torch.testing.assert_close(value, second[name], **tolerance)
+        else:
+            assert torch.equal(value, second[name]), name
+
+
+def test_a_run_leaves_its_folder(config_file):
+    config = load_config(config_file)
+    last = train(config)
+    content = read_checkpoint(last)
+    assert content["epoch"] == 2 and content["config"]["train"]["epochs"] == 2
+    before = weights(config.model.pretrained)
+    assert all(torch.equal(value, content["state_dict"][name]) for name, value in before.items() if "." in name)
+    assert content["state_dict"]["prompt_no"].any()
+    folder = Path(config.run.dir)
+    assert load_config(folder / "config.yaml") == config
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line["loss"] == pytest.approx(0.5 * (line["itbo_yes"] + line["itbo_no"] + line["tso"]), rel=1e-4)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"last.pt", "epoch_1.pt", "epoch_2.pt"}
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(config_file, tmp_path):
+    runs = [f"run.dir={tmp_path}/{name}" for name in "abc"]
+    first, second = (train(load_config(config_file, [run])) for run in runs[:2])
+    other = train(load_config(config_file, [runs[2], "run.seed=1"]))
+    assert_same(weights(first), weights(second))
+    assert not torch.equal(weights(first)["prompt_no"], weights(other)["prompt_no"])
+
+
+@pytest.mark.parametrize("objective", ["clipn", "clip"])
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_a_stopped_run_resumes_to_the_same_bits(config_file, tmp_path, monkeypatch, objective, stop_at):
+    more = [f"train.objective={objective}", "model.num_prompts=2"]
+    straight = train(load_config(config_file, [*more, f"run.dir={tmp_path}/straight"]))
+    config = load_config(config_file, more)
+    kind = clipn.objectives.OBJECTIVES[objective]
+    after_step, taken = kind.after_step, []
+
+    def stop_after(self):
+        taken.append(1)
+        if len(taken) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return after_step(self)
+
+    monkeypatch.setattr(kind, "after_step", stop_after)
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        train(config)
+    assert len(taken) <= stop_at + 1
+    assert_same(weights(train(config)), weights(straight))
+    assert len(taken) == 6
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_run_loses_only_the_steps_after_its_checkpoint(config_file, tmp_path, monkeypatch):
+    straight = train(load_config(config_file, [f"run.dir={tmp_path}/straight"]))
+    config = load_config(config_file)
+    loss, taken = clipn.objectives.ClipnObjective.loss, []
+
+    def killed(self, trained, batch, step):
+        taken.append(step)
+        if len(taken) == 6:
+            raise MemoryError
+        return loss(self, trained, batch, step)
+
+    monkeypatch.setattr(clipn.objectives.ClipnObjective, "loss", killed)
+    with pytest.raises(MemoryError):
+        train(config)
+    assert_same(weights(train(config)), weights(straight))
+    assert taken == [0, 1, 2, 3, 4, 5, 4, 5]  # checkpoints after steps 2, 3 (the epoch) and 4
+
+
+def test_a_finished_run_trains_no_more(config_file, monkeypatch):
+    config = load_config(config_file)
+    train(config)
+    monkeypatch.setattr(clipn.objectives.ClipnObjective, "loss", None)
+    assert train(config) == last_checkpoint(config.run.dir)
+
+
+def test_another_run_in_the_folder_is_not_mixed_or_overwritten(config_file):
+    train(load_config(config_file))
+    with pytest.raises(ValueError, match=r"train\.lr: 0\.001 -> 0\.002"):
+        train(load_config(config_file, ["train.lr=2e-3"]))
+    with pytest.raises(ValueError, match="train.resume=never"):
+        train(load_config(config_file, ["train.resume=never"]))
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+        train(load_config(config_file, ["train.resume=missing.pt"]))
+    with pytest.raises(ValueError, match="no state of a training run"):
+        train(load_config(config_file, [f"train.resume={config_file.parent}/clip.pt"]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config_file, monkeypatch):
+    loss, taken = clipn.objectives.ClipnObjective.loss, []
+
+    def broken(self, trained, batch, step):
+        taken.append(step)
+        total, terms = loss(self, trained, batch, step)
+        return total * (float("nan") if step == 3 else 1), terms
+
+    monkeypatch.setattr(clipn.objectives.ClipnObjective, "loss", broken)
+    config = load_config(config_file)
+    with pytest.raises(FloatingPointError, match=r"nan at step 4 of 6; the last good checkpoint is .*last\.pt"):
+        train(config)
+    assert read_checkpoint(last_checkpoint(config.run.dir))["training"]["step"] == 3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("objective", ["clipn", "clip"])
+def test_mixed_precision_is_near_full_precision(config_file, tmp_path, precision, objective):
+    more = [f"train.objective={objective}", "train.epochs=1"]
+    full = weights(train(load_config(config_file, [*more, f"run.dir={tmp_path}/full"])))
+    mixed = weights(train(load_config(config_file, [*more, f"train.precision={precision}"])))
+    assert all(value.dtype == torch.float32 for value in mixed.values())
+    assert_same(full, mixed, rtol=0.05, atol=0.01)
+
+
+def test_hand_crafted_variant_trains_on_negated_captions(config_file):
+    more = ["model.num_prompts=0", "data.caption_templates=['a photo of {}','{}']"]
+    assert "prompt_no" not in weights(train(load_config(config_file, more)))
+
+
+def test_clip_objective_trains_the_base_and_serves_clipn(config_file, tmp_path):
+    more = ["train.objective=clip", "model.pretrained=null", f"run.dir={tmp_path}/base"]
+    base = train(load_config(config_file, more))
+    assert not any("_no" in name.split(".")[0] for name in weights(base))
+    last = train(load_config(config_file, [f"model.pretrained={base}"]))
+    assert torch.equal(weights(last)["visual.proj"], weights(base)["visual.proj"])
+
+
+def test_weight_decay_spares_norms_biases_and_scalars():
+    config = load_config_defaults()
+    base, _ = build_base(architecture())
+    decayed, spared = (group["params"] for group in build_optimizer(base, config).param_groups)
+    names = {id(p): name for name, p in base.named_parameters()}
+    assert {names[id(p)] for p in spared} >= {"logit_scale", "text.ln_final.weight", "text.ln_final.bias"}
+    assert all(p.ndim >= 2 for p in decayed) and len(decayed) + len(spared) == len(names)
+
+
+def load_config_defaults():
+    from clipn.config import TrainConfig
+
+    return TrainConfig(warmup_steps=10, lr=1.0)
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine_to_zero():
+    train_config = load_config_defaults()
+    rates = [learning_rate(step, 110, train_config) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.5) and rates[-1] < 1e-3
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("objective", ["clipn", "clip"])
+def test_many_ranks_are_one_process(config_file, tmp_path, ranks, objective):
+    more = [f"train.objective={objective}"]
+    alone = train(load_config(config_file, [*more, f"run.dir={tmp_path}/alone"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = ["scripts/train.py", str(config_file), *more]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(weights(alone), weights(tmp_path / "run/checkpoints/last.pt"), rtol=2e-4, atol=2e-5)
+    first, second = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "run")
+    )
+    assert [line["loss"] for line in second] == pytest.approx([line["loss"] for line in first], rel=1e-4)
