@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -190,12 +190,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise FileNotFoundError(f"{path}: no such config file")
     try:
         content = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: not valid YAML: {_first_line(error)}") from error
     except OSError as error:  # OmegaConf's word for a file that holds one bare value
         raise ValueError(f"{path}: expected sections ({_choices('')}), found a single value") from error
+    except Exception as error:  # values that do not suit their YAML tag raise many kinds
+        raise ValueError(f"{path}: not valid YAML: {_first_line(error)}") from error
     if not isinstance(content, DictConfig):
-        raise ValueError(f"{path}: expected sections ({_choices('')}), found {type(content).__name__}")
+        raise ValueError(f"{path}: expected sections ({_choices('')}), found {content!r}")
     tree = _merge(OmegaConf.structured(Config), content, str(path))
     for word in overrides:
         tree = _merge(tree, _parse_override(word), f"command line, {word}")
@@ -224,52 +224,71 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved settings as YAML that `load_config` reads back."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
 
 
 def _merge(tree: DictConfig, content: DictConfig, source: str) -> DictConfig:
+    for section in content:
+        value = content._get_node(section)
+        if str(section) in _choices("").split(", ") and not isinstance(value, DictConfig):
+            raise ValueError(f"{source}: {section}: expected its keys ({_choices(section)}), found {value!r}")
     try:
         return OmegaConf.merge(tree, content)
-    except OmegaConfBaseException as error:
+    except Exception as error:  # OmegaConf's own errors, and a TypeError for a path into a list
         raise ValueError(_explain(error, source)) from error
 
 
 def _build(tree: DictConfig, source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     try:
         config = OmegaConf.to_object(tree)
+        _check_finite(to_dict(config))
         base_config(config)  # an error in `base` is told before any work starts
     except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, source)) from error
+        message = f"{error.full_key}: {_first_line(error)}"
     except ValueError as error:
         message = str(error)
-        if any(message.startswith(word.partition("=")[0] + "=") for word in overrides):
-            source = "command line"
-        raise ValueError(message if message.startswith(source) else f"{source}: {message}") from error
-    return config
+    else:
+        return config
+    words = [word.partition("=")[0] for word in overrides]
+    key = message.replace("base: ", "base.", 1)
+    if any(key.startswith((f"{word}=", f"{word}:")) for word in words):
+        source = "command line"
+    raise ValueError(_one_line(message if message.startswith(f"{source}: ") else f"{source}: {message}"))
+
+
+def _check_finite(tree: dict[str, Any], prefix: str = "") -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            _check_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            _require(math.isfinite(value), prefix + key, value, "a finite number")
 
 
 def _parse_override(word: str) -> DictConfig:
-    key, equals, _ = word.partition("=")
+    key, equals, text = word.partition("=")
     if not equals or not key:
         raise ValueError(f"command line, {word!r}: expected key=value, such as train.lr=1e-4")
     try:
         return OmegaConf.from_dotlist([word])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"command line, {word!r}: not a valid value: {_first_line(error)}") from error
+    except Exception:  # not YAML, such as a glob that starts with *: then it is the text as it stands
+        tree = OmegaConf.create()
+        try:
+            OmegaConf.update(tree, key, text)
+        except Exception as error:
+            raise ValueError(_explain(error, f"command line, {word!r}")) from error
+        return tree
 
 
-def _explain(error: OmegaConfBaseException, source: str) -> str:
+def _explain(error: Exception, source: str) -> str:
     """One line for what OmegaConf found: the source, the key, and what could stand there."""
-    key = str(error.full_key or error.key or "")
+    key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
     if isinstance(error, ConfigKeyError):
         section, _, name = key.rpartition(".")
         choices = _choices(section)
         near = difflib.get_close_matches(name, choices.split(", "), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{source}: {key}: unknown key{hint}; the keys here are: {choices}"
-    if not key:
-        return f"{source}: a section holds keys, not one value; the sections are: {_choices('')}"
-    return f"{source}: {key}: {_first_line(error)}"
+        return _one_line(f"{source}: {key}: unknown key{hint}; the keys here are: {choices}")
+    return _one_line(f"{source}: {key}: {_first_line(error)}" if key else f"{source}: {_first_line(error)}")
 
 
 def _choices(section: str) -> str:
@@ -280,4 +299,10 @@ def _choices(section: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    mark = getattr(error, "problem_mark", None)
+    place = f" (line {mark.line + 1})" if mark else ""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0] + place
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

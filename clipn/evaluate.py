@@ -58,12 +58,13 @@ def evaluate(config: Config) -> Evaluation:
     or do not fit.
     """
     settings = config.eval
-    methods = check_methods(settings.methods)
+    methods, templates = check_texts(config)
     id_sets, ood_sets = open_image_sets(settings.id, "eval.id"), open_image_sets(settings.ood, "eval.ood")
     if len(id_sets) != 1:
         raise ValueError(f"eval.id: expected one image set, found {', '.join(s.name for s in id_sets)}")
+    if id_sets[0].name in [s.name for s in ood_sets]:
+        raise ValueError(f"eval.ood: {id_sets[0].name!r} is the name of the ID set; give one of them another")
     class_names = load_class_names(settings.class_names, id_sets[0].classes)
-    templates = load_templates(settings.templates)
     rows, decisions, first = [], [], None
     for model, seed in _models(config):
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
@@ -87,12 +88,15 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
     return evaluations[0]._replace(results=results, decisions=decisions)
 
 
-def check_methods(methods: Sequence[str]) -> list[str]:
-    """The names of scores. Raises ValueError that names an unknown one and the choices."""
-    for method in methods:
+def check_texts(config: Config) -> tuple[list[str], list[str]]:
+    """The scores and templates that `config.eval` names: what can be checked before a training.
+
+    Raises ValueError or FileNotFoundError that names an unknown one and the choices.
+    """
+    for method in config.eval.methods:
         if method not in SCORES:
             raise ValueError(f"eval.methods: unknown score {method!r}; the scores are: {', '.join(SCORES)}")
-    return list(methods)
+    return config.eval.methods, load_templates(config.eval.templates)
 
 
 @torch.no_grad()
@@ -149,12 +153,10 @@ def _models(config: Config) -> Any:
         yield model.to(device).eval(), content.get("config", {}).get("run", {}).get("seed", config.run.seed)
     if not paths:
         log.info("evaluating %s, %s", settings.name, settings.pretrained)
-        yield (
-            create_model_and_transforms(settings.name, settings.pretrained, settings.num_prompts, device, *statistics)[
-                0
-            ],
-            config.run.seed,
+        tagged = create_model_and_transforms(
+            settings.name, settings.pretrained, settings.num_prompts, device, *statistics
         )
+        yield tagged[0], config.run.seed
 
 
 def _judge(config: Config, model: CLIPN, head: Head, images: ImageSet) -> SetScores:

@@ -69,16 +69,17 @@ def open_image_sets(value: Any, key: str) -> list[ImageSet]:
     """
     if isinstance(value, str):
         value = [value]
-    if isinstance(value, (list, tuple)):
-        value = {Path(folder).name if isinstance(folder, str) else "": folder for folder in value}
+    if isinstance(value, (list, tuple)) and value and all(isinstance(folder, str) and folder for folder in value):
+        value = dict(zip(_names_of(value, key), value, strict=True))
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{key}={value!r}: expected a folder, a list of folders, or name: folder entries")
     sets = []
     for name, entry in value.items():
         entry = {"path": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or "path" not in entry or entry.keys() - {"path", "classes", "exclude"}:
+        if not isinstance(entry, dict) or not entry.get("path") or entry.keys() - {"path", "classes", "exclude"}:
             raise ValueError(f"{key}.{name}={entry!r}: expected a folder, or path with classes or exclude")
-        sets.append(open_image_set(str(name), entry["path"], entry.get("classes"), entry.get("exclude") or ()))
+        classes, exclude = (_listed(entry.get(choice)) for choice in ("classes", "exclude"))
+        sets.append(open_image_set(str(name), entry["path"], classes, exclude or ()))
     return sets
 
 
@@ -99,8 +100,23 @@ class ImageFiles(Dataset):
             raise ValueError(f"{path}: not a readable image: {error}") from error
 
 
+def _listed(value: Any) -> list[str] | None:
+    """A choice of class folders: one name, or a list of them."""
+    return None if value is None else [value] if isinstance(value, str) else [str(name) for name in value]
+
+
+def _names_of(folders: Sequence[str], key: str) -> list[str]:
+    """The folders' own names, with as many parents before them as tell them apart."""
+    for depth in range(1, max(len(Path(folder).parts) for folder in folders) + 1):
+        names = ["/".join(Path(folder).parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"{key}: the same folder is listed twice: {', '.join(folders)}")
+
+
 def _images(folder: Path) -> Iterable[Path]:
-    for parent, _, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
                 yield Path(parent) / name

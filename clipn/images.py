@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
@@ -35,6 +36,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     with Image.open(source) as image:
+        if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip, not scale
+            image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
 

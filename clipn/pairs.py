@@ -12,6 +12,7 @@ import logging
 import random
 import re
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,10 +72,13 @@ class TablePairs:
 
     def __init__(self, path: Path, image_column: str, caption_column: str) -> None:
         self.folder, self.path = path.parent, path
+        options = {"sep": "\t" if path.suffix == ".tsv" else ",", "dtype": str, "keep_default_na": False}
         try:
-            table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
-        except (ValueError, pd.errors.ParserError) as error:
-            raise ValueError(f"{path}: not a readable table: {error}") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # a row of more fields than columns
+                table = pd.read_csv(path, index_col=False, **options)
+        except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
+            raise ValueError(f"{path}: not a readable table: {str(error).strip()}") from error
         for key, column in (("image_column", image_column), ("caption_column", caption_column)):
             if column not in table.columns:
                 found = ", ".join(table.columns)

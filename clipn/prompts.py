@@ -110,7 +110,9 @@ def load_class_names(value: Any, folders: Sequence[str]) -> list[str]:
         if absent:
             raise ValueError(f"{source}: no name for the class folder {absent[0]!r} ({len(absent)} in all)")
         names = [str(names[folder]).split(",")[0].strip() for folder in folders]
-    names = [str(name).strip() for name in names or []]
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(f"{source}: expected a list of names, or a name for each class folder; found {names!r}")
+    names = [str(name).strip() for name in names]
     if not names or not all(names):
         raise ValueError(f"{source}: expected names, found {'an empty one' if names else 'none'}")
     if folders and len(names) != len(folders):

@@ -80,7 +80,7 @@ def draw_histograms(scores: dict[str, dict[str, np.ndarray]], id_name: str, path
     lines = -(-len(methods) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3 * lines), squeeze=False, layout="constrained")
     for axis, method in zip(axes.flat, methods, strict=False):
-        bins = np.histogram_bin_edges(np.concatenate([s[method] for s in scores.values()]), bins=40)
+        bins = _bins(np.concatenate([s[method] for s in scores.values()]))
         for name, by_method in scores.items():
             inside = name == id_name
             style = {"histtype": "stepfilled", "alpha": 0.35} if inside else {"histtype": "step", "linewidth": 1.5}
@@ -117,6 +117,13 @@ def draw_samples(image_sets: Sequence[ImageSet], path: Path, seed: int = 0) -> N
     figure.subplots_adjust(left=0.1, right=0.995, top=0.95, bottom=0.01, hspace=0.3, wspace=0.05)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _bins(values: np.ndarray, count: int = 40) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if high - low < 1e-5 * max(abs(low), abs(high), 1e-5):  # all but equal, as saturated scores are
+        low, high = low - 0.5, high + 0.5
+    return np.linspace(low, high, count + 1)
 
 
 _DECISIONS_TITLE = "\nThreshold-free decisions, in percent of the images.\n"

@@ -76,17 +76,24 @@ def read_at(path: Path, start: int, size: int) -> bytes:
 def _remembered(paths: Sequence[Path], folder: Path) -> list[np.ndarray]:
     """A [6, pairs] table per shard; shards not seen before are scanned, several at a time."""
     memory = [folder / f"{_fingerprint(path)}.npy" for path in paths]
-    unknown = [number for number, file in enumerate(memory) if not file.is_file()]
-    fresh: dict[int, np.ndarray] = {}
+    tables = {number: table for number, file in enumerate(memory) if (table := _recall(file)) is not None}
+    unknown = [number for number in range(len(paths)) if number not in tables]
     if unknown:
         workers = min(len(unknown), os.cpu_count() or 1)
         progress = tqdm(total=len(unknown), desc="indexing shards", unit="shard", disable=None if is_main() else True)
         with progress, ProcessPoolExecutor(workers) as pool:
             for number, table in zip(unknown, pool.map(scan_shard, [paths[n] for n in unknown]), strict=True):
-                fresh[number] = table
+                tables[number] = table
                 _remember(memory[number], table)
                 progress.update()
-    return [fresh[n] if n in fresh else np.load(file, allow_pickle=False) for n, file in enumerate(memory)]
+    return [tables[number] for number in range(len(paths))]
+
+
+def _recall(file: Path) -> np.ndarray | None:
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # never scanned, or written only in part
+        return None
 
 
 def scan_shard(path: Path) -> np.ndarray:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clipn.command import fail_in_one_line, start_log
 from clipn.config import Config, base_config, load_config
 from clipn.distributed import barrier, choose_device, is_main, process_group
-from clipn.evaluate import evaluate, join
+from clipn.evaluate import check_texts, evaluate, join
 from clipn.report import summary, write_report
 from clipn.train import last_checkpoint, train
 from clipn.world import make_world
@@ -50,6 +50,7 @@ def each_seed(path: str, overrides: list[str], config: Config) -> list[Config]:
 def train_one(config: Config) -> None:
     """World, base and training of one run."""
     start_log(config.run.dir)
+    check_texts(config)
     if is_main():
         make_world(config.world)
     barrier()
