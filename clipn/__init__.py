@@ -2,6 +2,7 @@
 
 from . import losses, metrics, scores
 from .head import Head, build_head
+from .images import open_image
 from .model import CLIPN, create_model_and_transforms, get_tokenizer
 
 __version__ = "0.1.0"
@@ -14,5 +15,6 @@ __all__ = [
     "get_tokenizer",
     "losses",
     "metrics",
+    "open_image",
     "scores",
 ]
