@@ -39,9 +39,10 @@ def tso_loss(yes: Tensor, no: Tensor, kind: str = "l2") -> Tensor:
     "cosine" is mean(1 + g.n). Raises ValueError for another kind.
     """
     with torch.autocast(yes.device.type, enabled=False):
-        cosine = (yes.float() * no.float()).sum(dim=-1)
+        yes, no = yes.float(), no.float()
         if kind == "l2":
-            return (2 - (2 - 2 * cosine + 1e-4).sqrt()).mean()
+            # ||g - n||^2 is 2 - 2 g.n, but keeps its digits where training starts: at n = g.
+            return (2 - ((yes - no).square().sum(dim=-1) + 1e-4).sqrt()).mean()
         if kind == "cosine":
-            return (1 + cosine).mean()
+            return (1 + (yes * no).sum(dim=-1)).mean()
     raise ValueError(f"tso_loss: kind={kind!r}: expected 'l2' or 'cosine'")

@@ -48,6 +48,9 @@ def clipn_release_templates() -> list[str]:
     return quoted + second
 
 
+# The class name with its determiner, if it has one, and up to three words between: "a hard to see {}".
+_NOUN_PHRASE = re.compile(r"(?:\b(?:a|an|the|my|one|many)\s+)?((?:(?<=\s)(?!(?:a|an|the|of)\s)[\w-]+\s+){0,3})\{\}")
+
 TEMPLATE_SETS = {
     "clipn-release": clipn_release_templates,
     "openai": openai_templates,
@@ -56,8 +59,13 @@ TEMPLATE_SETS = {
 
 
 def negate(template: str) -> str:
-    """The hand-crafted "no" twin of a template: "a photo of a {}." -> "a photo of no {}."."""
-    return re.sub(r"(?:\b(?:a|an|the|my|one|many)\s+)?\{\}", "no {}", template, count=1)
+    """The hand-crafted "no" twin of a template, by the rule behind the published list.
+
+    "a photo of a clean {}." -> "a photo of no clean {}.", "a photo with a {}." -> "a photo without a {}.".
+    """
+    if " with " in template:
+        return template.replace(" with ", " without ", 1)
+    return _NOUN_PHRASE.sub(r"no \1{}", template, count=1)
 
 
 def fill(template: str, text: str) -> str:

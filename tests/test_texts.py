@@ -77,12 +77,14 @@ def test_openais_templates():
         ("a photo of my {}", "a photo of no {}"),
         ("a photo of one {}", "a photo of no {}"),
         ("a photo of many {}", "a photo of no {}"),
-        ("a photo of a clean {}", "a photo of a clean no {}"),
+        ("a photo of a clean {}", "a photo of no clean {}"),
+        ("a photo of the hard to see {}.", "a photo of no hard to see {}."),
+        ("a photo with a clean {}.", "a photo without a clean {}."),
         ("the {} in a video game", "no {} in a video game"),
         ("'a photo of a {}.',", "'a photo of no {}.',"),
         ("graffiti of {}", "graffiti of no {}"),
         ("{}", "no {}"),
-        ("a pizza {}", "a pizza no {}"),
+        ("a pizza {}", "no pizza {}"),
     ],
 )
 def test_negations(yes, no):
@@ -92,9 +94,9 @@ def test_negations(yes, no):
 def test_every_known_template_has_one_negation():
     for template in openai_templates() + simple_templates() + clipn_release_templates():
         twin = negate(template)
-        assert twin.count("no {}") == 1 and twin.count("{}") == 1
-        assert not re.search(r"\b(a|an|the|my|one|many) no \{\}", twin)
-        rest = twin.replace("no {}", "")
+        assert len(re.findall(r"\bno |\bwithout ", twin)) == 1 and twin.count("{}") == 1
+        assert not re.search(r"\bno (a|an|the|my|one|many) |\b(a|an|the|my|one|many) no ", twin)
+        rest = re.sub(r"\b(no|without) ", "", twin)
         assert all(word in template for word in rest.split())
 
 
