@@ -101,6 +101,8 @@ def write_checkpoint(content: dict[str, Any], path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except RuntimeError as error:  # what torch.save says of a full disk
+        raise OSError(f"{path}: could not be written: {str(error).splitlines()[0]}") from error
     finally:
         partial.unlink(missing_ok=True)
 

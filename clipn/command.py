@@ -41,7 +41,9 @@ def fail_in_one_line(main: Callable[[], None]) -> None:
         log.warning("%s", stopped)
         sys.exit(RESUME)
     except KeyboardInterrupt:
-        sys.exit("interrupted before training began; the same command starts again")
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        log.error("error: %s", error)
+        log.warning("interrupted; the same command takes up what is not done yet")
+        sys.exit(RESUME)
+    except (ValueError, OSError, FloatingPointError) as error:
+        # An error from a decoding process comes with that process's traceback; its last line is the error.
+        log.error("error: %s", (str(error).strip().splitlines() or [type(error).__name__])[-1])
         sys.exit(FAILED)

@@ -33,8 +33,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir", self.dir, "a folder")
-        _require(self.seed >= 0, "run.seed", self.seed, "0 or more")
-        _require(all(s >= 0 for s in self.seeds), "run.seeds", self.seeds, "numbers of 0 or more")
+        for key, seeds in (("run.seed", [self.seed]), ("run.seeds", self.seeds)):
+            _require(
+                all(0 <= seed < 2**31 for seed in seeds), key, getattr(self, key[4:]), "0 or more, up to 2147483647"
+            )
         known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()
         _require(known, "run.device", self.device, "one of auto, cpu, cuda, cuda:N")
 
@@ -125,7 +127,7 @@ class TrainConfig:
     tso_weight: float = 1.0
     tso_kind: str = "l2"  # l2 | cosine
     precision: str = "bf16"  # fp32 | bf16 | fp16
-    resume: str = "auto"  # auto: the run's last checkpoint, if any | never | PATH
+    resume: str = "auto"  # auto: the run's last checkpoint, if any | never | PATH: that, for a run that has none
     checkpoint_every_steps: int = 1000  # besides one at the end of each epoch; 0: only those
     log_every_steps: int = 20
 
@@ -211,6 +213,8 @@ def base_config(config: Config) -> Config | None:
         return None
     tree = OmegaConf.structured(Config)
     own = OmegaConf.create(to_dict(config) | {"base": {}, "eval": {}})
+    if config.train.resume != "never":
+        own.train.resume = "auto"  # a path is meant for the run itself
     tree = _merge(tree, own, "base")
     tree = _merge(tree, OmegaConf.create(config.base), "base")
     tree.run.dir, tree.run.seeds = str(Path(config.run.dir) / "base"), []
@@ -232,6 +236,9 @@ def _merge(tree: DictConfig, content: DictConfig, source: str) -> DictConfig:
         value = content._get_node(section)
         if str(section) in _choices("").split(", ") and not isinstance(value, DictConfig):
             raise ValueError(f"{source}: {section}: expected its keys ({_choices(section)}), found {value!r}")
+    if "base" in content and not content.base:  # merging with nothing would keep what is there
+        tree = OmegaConf.merge(tree)
+        tree.base = {}
     try:
         return OmegaConf.merge(tree, content)
     except Exception as error:  # OmegaConf's own errors, and a TypeError for a path into a list

@@ -148,15 +148,21 @@ def _models(config: Config) -> Any:
     for path in paths:
         log.info("evaluating %s", path)
         content = read_checkpoint(path)
+        if not content.get("preprocess") and settings.image_mean is None:
+            log.warning("%s does not say its images' statistics: CLIP's are used (see model.image_mean)", path)
         model = load_model(content, path, content.get("architecture") or settings.name, settings.num_prompts)
         model.set_statistics(*statistics)
-        yield model.to(device).eval(), content.get("config", {}).get("run", {}).get("seed", config.run.seed)
+        yield model.to(device).eval(), _seed_of(content, config.run.seed)
     if not paths:
         log.info("evaluating %s, %s", settings.name, settings.pretrained)
         tagged = create_model_and_transforms(
             settings.name, settings.pretrained, settings.num_prompts, device, *statistics
         )
         yield tagged[0], config.run.seed
+
+
+def _seed_of(content: dict[str, Any], default: int) -> int:
+    return ((content.get("config") or {}).get("run") or {}).get("seed", default)
 
 
 def _judge(config: Config, model: CLIPN, head: Head, images: ImageSet) -> SetScores:

@@ -43,7 +43,11 @@ def build_head(
     Raises ValueError for no class names, an empty one, or a template without "{}".
     """
     templates = check_templates(templates)
-    if isinstance(class_names, str) or not len(class_names) or not all(name.strip() for name in class_names):
+    if (
+        isinstance(class_names, str)
+        or not len(class_names)
+        or not all(isinstance(name, str) and name.strip() for name in class_names)
+    ):
         raise ValueError(f"class_names={class_names!r}: expected a list of at least one name, none of them empty")
     no_templates = templates if model.num_prompts else [negate(template) for template in templates]
     weight_yes = _class_weights(model.encode_text, tokenizer, class_names, templates, model, batch_size)

@@ -16,7 +16,10 @@ from .images import IMAGE_SUFFIXES, Transform, open_image
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A named list of image files; `labels` index `classes` (the class folders), which is empty for a flat folder."""
+    """A named list of image files; `labels` index `classes` (the class folders).
+
+    Both are empty for a folder that holds images itself.
+    """
 
     name: str
     root: Path
@@ -43,7 +46,10 @@ def open_image_set(
     for asked in [*(classes or ()), *exclude]:
         if asked not in folders:
             raise ValueError(f"image set {name!r}: {root} has no class folder {asked!r}; it has: {_some(folders)}")
-    if not folders:
+    loose = any(_is_image(entry.name) for entry in root.iterdir())
+    if loose and (classes or exclude):
+        raise ValueError(f"image set {name!r}: {root} has images beside its class folders, so none can be chosen")
+    if loose or not folders:  # not sorted into classes: every image below, without labels
         paths = sorted(_images(root))
         if not paths:
             raise ValueError(f"image set {name!r}: no image in {root} ({', '.join(IMAGE_SUFFIXES)})")
@@ -118,8 +124,12 @@ def _images(folder: Path) -> Iterable[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+            if _is_image(name):
                 yield Path(parent) / name
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def _some(names: Sequence[str], limit: int = 10) -> str:

@@ -37,7 +37,10 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         source = io.BytesIO(source)
     with Image.open(source) as image:
         if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip, not scale
-            image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            values = np.asarray(image, dtype=np.int64)
+            if image.mode != "I" or values.max() > 255:
+                values = values >> 8
+            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
 
 

@@ -9,7 +9,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 def ood_metrics(id_scores: np.ndarray, ood_scores: np.ndarray) -> dict[str, float]:
     """AUROC, FPR95, AUPR_IN and AUPR_OUT as fractions, from [N] ID and [M] OOD scores.
 
-    FPR95 is the share of OOD above the threshold that keeps 95 % of ID, linearly interpolated on the ROC curve.
+    FPR95 is the false positive rate where the ROC curve, linearly interpolated, reaches 95 % of ID; of a stretch at
+    exactly 95 %, its end with the most OOD, as in the published code.
     (With OOD as the positive class, as some libraries have it, FPR95 is another number.) AUPR is the average
     precision, with ID (IN) or OOD (OUT) as positive.
 

@@ -168,6 +168,9 @@ def load_model(content: dict[str, Any], source: str, model_name: str | Architect
     architecture = find_architecture(model_name)
     state = content["state_dict"]
     clipn = is_clipn(state)
+    saved = ((content.get("config") or {}).get("model") or {}).get("num_prompts", 0)
+    if clipn and (state[PROMPTS].ndim != 3 if PROMPTS in state else saved):
+        raise ValueError(f"{source}: {PROMPTS} is missing or not of the shape [prompts, context, width]")
     base = _build_from_config(architecture, fetch_text=False)
     base.visual.preprocess_cfg.update(content.get("preprocess") or {})
     if not clipn:

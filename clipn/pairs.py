@@ -283,7 +283,10 @@ def _compare_sizes(pairs: ShardPairs) -> None:
     for folder in sorted({path.parent for path in pairs.paths}):
         if not (folder / "sizes.json").is_file():
             continue
-        sizes = json.loads((folder / "sizes.json").read_text(encoding="utf-8"))
+        try:
+            sizes = dict(json.loads((folder / "sizes.json").read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / 'sizes.json'}: expected a JSON object of shard: pairs: {error}") from error
         for path, count in zip(pairs.paths, counts, strict=True):
             if path.parent == folder and sizes.get(path.name, count) != count:
                 log.warning("%s: holds %d pairs, sizes.json says %s", path, count, sizes[path.name])

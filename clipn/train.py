@@ -66,7 +66,7 @@ def train(config: Config) -> Path:
     step = 0
     if resumed:
         objective.load(resumed["state_dict"], "train.resume")
-        step = _restore(resumed["training"], optimizer, scaler)
+        step = _restore(resumed["training"], optimizer, scaler, len(pairs))
     tokenizer = get_tokenizer(objective.architecture if config.model.name.endswith(".json") else config.model.name)
     loader, steps_per_epoch = training_loader(config, pairs, objective.preprocess, tokenizer, step)
     if is_main():
@@ -85,7 +85,7 @@ def train(config: Config) -> Path:
         steps_per_epoch,
         step,
     )
-    run = _Run(config, objective, optimizer, scaler, device, steps_per_epoch, step)
+    run = _Run(config, objective, optimizer, scaler, device, steps_per_epoch, len(pairs), step)
     with _stop_signals() as stop:
         run.steps(loader, stop)
     log.info("trained: %s", last_checkpoint(config.run.dir))
@@ -121,10 +121,11 @@ class _Run:
         scaler: torch.amp.GradScaler,
         device: torch.device,
         steps_per_epoch: int,
+        pairs: int,
         step: int,
     ) -> None:
         self.config, self.objective, self.optimizer, self.scaler = config, objective, optimizer, scaler
-        self.device, self.steps_per_epoch, self.step = device, steps_per_epoch, step
+        self.device, self.steps_per_epoch, self.pairs, self.step = device, steps_per_epoch, pairs, step
         self.total = config.train.epochs * steps_per_epoch
         self.trained = objective.trained
         if world_size() > 1:
@@ -151,7 +152,7 @@ class _Run:
                 every = train.checkpoint_every_steps
                 if ends_epoch or stop or (every and self.step % every == 0):
                     self.save(ends_epoch)
-                if stop and self.step < self.total:
+                if stop:
                     raise Interrupted(
                         f"stopped by signal {stop[0]} after step {self.step} of {self.total}; nothing is lost: "
                         f"{last_checkpoint(self.config.run.dir)} is written, and the same command goes on from there"
@@ -167,7 +168,7 @@ class _Run:
         loss, terms = self.objective.loss(self.trained, batch, self.step)
         signs = mean_over_ranks(torch.tensor([loss.detach(), float(stop[0] if stop else 0)], device=self.device))
         if not math.isfinite(signs[0]):
-            self._stop_on_bad_loss(float(signs[0]))
+            self._stop_on_bad_number("the loss", float(signs[0]))
         if float(signs[1]) and not stop:
             stop.append(signal.SIGTERM)
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,6 +176,8 @@ class _Run:
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not self.scaler.is_enabled() and not math.isfinite(grad_norm):  # a scaler skips such steps by itself
+            self._stop_on_bad_number("the gradient", float(grad_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.extra = self.objective.after_step()
@@ -204,6 +207,8 @@ class _Run:
 
     def save(self, ends_epoch: bool) -> None:
         """Write checkpoints/last.pt, and keep it as checkpoints/epoch_N.pt at the end of an epoch."""
+        if not all(p.isfinite().all() for p in self.objective.trained.parameters()):
+            self._stop_on_bad_number("a weight", math.nan)
         if is_main():
             last = last_checkpoint(self.config.run.dir)
             write_checkpoint(self.content(), last)
@@ -222,16 +227,17 @@ class _Run:
             "config": to_dict(self.config),
             "training": {
                 "step": self.step,
+                "pairs": self.pairs,
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
             },
         }
 
-    def _stop_on_bad_loss(self, loss: float) -> None:
+    def _stop_on_bad_number(self, what: str, value: float) -> None:
         last = last_checkpoint(self.config.run.dir)
         kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was written before"
         raise FloatingPointError(
-            f"the loss is {loss} at step {self.step + 1} of {self.total}; {kept}; "
+            f"{what} is {value} at step {self.step + 1} of {self.total}; {kept}; "
             "try a lower train.lr, or train.precision=fp32"
         )
 
@@ -243,7 +249,7 @@ def _find_resume(config: Config) -> dict[str, Any] | None:
         if last.is_file():
             raise ValueError(f"train.resume=never: {last} holds a run already; choose another run.dir, or delete it")
         return None
-    path = last if resume == "auto" else Path(resume)
+    path = last if resume == "auto" or last.is_file() else Path(resume)  # after a stop, a run goes on from its own
     if resume == "auto" and not path.is_file():
         return None
     content = read_checkpoint(path)
@@ -259,7 +265,14 @@ def _find_resume(config: Config) -> dict[str, Any] | None:
     return content
 
 
-def _restore(training: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+def _restore(
+    training: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, pairs: int
+) -> int:
+    if training["pairs"] != pairs:
+        raise ValueError(
+            f"data.shards: {pairs} pairs are there now, {training['pairs']} when this run began, so it cannot go on; "
+            "bring them back, or choose another run.dir"
+        )
     optimizer.load_state_dict(training["optimizer"])
     scaler.load_state_dict(training["scaler"])
     return training["step"]
@@ -304,10 +317,16 @@ def _keep_as(last: Path, kept: Path) -> None:
 def _stop_signals() -> Iterator[list[int]]:
     """A list that SIGINT or SIGTERM is put into, so that the step under way ends well; a second one kills."""
     stop: list[int] = []
+    since: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        stop.append(number)
-        signal.signal(number, before[number])
+        # torchrun passes on what the whole process group has got already: only a later repetition means "at once".
+        if stop and time.monotonic() - since[0] > 5:
+            signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
+        elif not stop:
+            stop.append(number)
+            since.append(time.monotonic())
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -329,3 +329,10 @@ def test_any_word_is_taken_or_refused_in_one_line(tmp_path, word):
         assert isinstance(load_config(path, [word]), Config)
     except ValueError as error:
         assert "\n" not in str(error)
+
+
+def test_an_empty_base_on_the_command_line_drops_the_files(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("base: {train: {objective: clip}}\ntrain: {resume: some.pt}\n")
+    assert base_config(load_config(path)).train.resume == "auto"
+    assert base_config(load_config(path, ["base={}"])) is None

@@ -271,3 +271,11 @@ def test_augmentations_do_what_they_say():
     assert len({tuple(jittered(grey)[:, 0, 0].tolist()) for _ in range(5)}) > 1
     plain = train_transform(HALF, Augmentation(**whole))
     assert len({tuple(plain(grey)[:, 0, 0].tolist()) for _ in range(5)}) == 1
+
+
+def test_images_beside_folders_are_all_taken_without_labels(tmp_path):
+    write_images(tmp_path, "1.png", "2.png", "sub/3.png")
+    images = open_image_set("mixed", tmp_path)
+    assert len(images) == 3 and images.labels == [] and images.classes == []
+    with pytest.raises(ValueError, match="beside its class folders"):
+        open_image_set("mixed", tmp_path, classes=["sub"])

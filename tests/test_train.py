@@ -136,9 +136,13 @@ def test_another_run_in_the_folder_is_not_mixed_or_overwritten(config_file):
     with pytest.raises(ValueError, match="train.resume=never"):
         train(load_config(config_file, ["train.resume=never"]))
     with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
-        train(load_config(config_file, ["train.resume=missing.pt"]))
+        train(load_config(config_file, ["train.resume=missing.pt", f"run.dir={config_file.parent}/new"]))
     with pytest.raises(ValueError, match="no state of a training run"):
-        train(load_config(config_file, [f"train.resume={config_file.parent}/clip.pt"]))
+        train(
+            load_config(
+                config_file, [f"train.resume={config_file.parent}/clip.pt", f"run.dir={config_file.parent}/new"]
+            )
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config_file, monkeypatch):
@@ -224,3 +228,17 @@ def test_many_ranks_are_one_process(config_file, tmp_path, ranks, objective):
         for name in ("alone", "run")
     )
     assert [line["loss"] for line in second] == pytest.approx([line["loss"] for line in first], rel=1e-4)
+
+
+def test_a_run_whose_pairs_have_changed_does_not_go_on(config_file):
+    train(load_config(config_file))
+    write_shard(config_file.parent / "pairs.tar", numbered_samples(12))
+    with pytest.raises(ValueError, match="12 pairs are there now, 20 when this run began"):
+        train(load_config(config_file))
+
+
+def test_weights_that_are_not_finite_are_never_saved(config_file):
+    config = load_config(config_file, ["train.lr=1e39", "train.checkpoint_every_steps=1"])
+    with pytest.raises(FloatingPointError, match="no checkpoint was written before"):
+        train(config)
+    assert not last_checkpoint(config.run.dir).exists()
