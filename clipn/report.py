@@ -88,6 +88,7 @@ def draw_histograms(scores: dict[str, dict[str, np.ndarray]], id_name: str, path
             weights = np.full(len(by_method[method]), 1 / len(by_method[method]))
             axis.hist(by_method[method], bins=bins, weights=weights, label=label, **style)
         axis.set_title(method)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_xlabel("score (higher: in-distribution)")
     for axis in axes[:, 0]:
         axis.set_ylabel("share of images")
