@@ -174,7 +174,7 @@ def load_model(content: dict[str, Any], source: str, model_name: str | Architect
     base = _build_from_config(architecture, fetch_text=False)
     base.visual.preprocess_cfg.update(content.get("preprocess") or {})
     if not clipn:
-        _load_base(base, state, source)
+        load_base(base, state, source)
     model = CLIPN(base, len(state.get(PROMPTS, ())) if clipn else num_prompts, architecture)
     if clipn:
         load_weights(model, state, model.published_names(), source)
@@ -191,7 +191,7 @@ def build_base(model_name: str | Architecture, pretrained: str | Path | None = N
         content = read_checkpoint(pretrained)
         base = _build_from_config(architecture, fetch_text=False)
         base.visual.preprocess_cfg.update(content.get("preprocess") or {})
-        _load_base(base, content["state_dict"], str(pretrained))
+        load_base(base, content["state_dict"], str(pretrained))
     elif pretrained is not None:
         base = _build_from_tag(model_name, str(pretrained), architecture)
     elif isinstance(model_name, str) and model_name.startswith(("hf-hub:", "local-dir:")):
@@ -261,7 +261,8 @@ def _features(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return F.normalize(pooled.float(), dim=-1)
 
 
-def _load_base(base: nn.Module, state: dict[str, Tensor], source: str) -> None:
+def load_base(base: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy a flat state_dict, all of it, into an open_clip model. Raises ValueError as `load_weights` does."""
     load_weights(base, state, {name: published_name(name) for name in base.state_dict()}, source)
 
 

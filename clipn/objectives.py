@@ -15,7 +15,7 @@ from .config import Config
 from .distributed import gather_rows, rank, world_size
 from .features import autocast
 from .losses import itbo_loss, tso_loss
-from .model import Architecture, build_base, create_model_and_transforms, text_features
+from .model import Architecture, build_base, create_model_and_transforms, load_base, text_features
 
 Batch = dict[str, Tensor]
 
@@ -123,8 +123,7 @@ class ClipObjective:
         return {published_name(name): value for name, value in self.base.state_dict().items()}
 
     def load(self, state: dict[str, Tensor], source: str) -> None:
-        names = {name: published_name(name) for name in self.base.state_dict()}
-        load_weights(self.base, state, names, source)
+        load_base(self.base, state, source)
 
 
 class _Towers(nn.Module):
