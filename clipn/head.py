@@ -64,10 +64,10 @@ def _class_weights(
     model: CLIPN,
     batch_size: int,
 ) -> Tensor:
-    device, was_training = model.logit_scale.device, model.training
+    was_training = model.training
     model.eval()
     texts = [fill(template, name) for name in class_names for template in templates]
     batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
-    features = torch.cat([encode(tokenizer(batch).to(device)) for batch in batches])
+    features = torch.cat([encode(tokenizer(batch)) for batch in batches])
     model.train(was_training)
     return F.normalize(features.unflatten(0, (len(class_names), len(templates))).sum(dim=1), dim=-1)

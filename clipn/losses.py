@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def itbo_loss(
-    image: Tensor, yes: Tensor, no: Tensor, logit_scale: Tensor | float, first: int = 0
+    image: Tensor, yes: Tensor, no: Tensor, logit_scale: Tensor | float, first: int = 0, block: int = 2**22
 ) -> tuple[Tensor, Tensor]:
     """Image-text binary-opposite loss: a matched text's no loses to its yes, an unmatched text's no wins.
 
     image: [B, D], the whole batch; yes, no: [b, D], the texts of images first .. first + b - 1 (b = B in one process);
-    all L2-normalised. logit_scale: the temperature s, not its log.
+    all L2-normalised. logit_scale: the temperature s, not its log. block: how many margins may be held at once; more
+    of them than that are computed block by block, and again in the backward pass.
 
     With d[i, j] = s (f_i . n_j - f_i . g_j), returns two scalars, the means over these b texts of
     softplus(d[j, j]) (matched) and of softplus(-d[i, j]) over the other B - 1 images. The mean over ranks of
@@ -24,12 +26,25 @@ def itbo_loss(
     if len(image) < 2:
         raise ValueError(f"itbo_loss: a batch of {len(image)} pair has no unmatched texts; at least 2 are needed")
     with torch.autocast(image.device.type, enabled=False):
-        margin = logit_scale * image.float() @ (no.float() - yes.float()).T  # d: [B, b]
-        columns = torch.arange(len(yes), device=image.device)
-        rows = columns + first
-        matched = F.softplus(margin[rows, columns]).mean()
-        unmatched = F.softplus(-margin).index_put((rows, columns), margin.new_zeros(()))
-        return matched, unmatched.sum() / (len(yes) * (len(image) - 1))
+        image, difference = image.float(), no.float() - yes.float()
+        texts = len(difference)
+        matched = F.softplus(logit_scale * (image[first : first + texts] * difference).sum(dim=1)).mean()
+        width = max(1, block // len(image))
+        unmatched = difference.new_zeros(())
+        for start in range(0, texts, width):
+            part = (image, difference[start : start + width], logit_scale, first + start)
+            recompute = width < texts and torch.is_grad_enabled()
+            unmatched = unmatched + (
+                checkpoint(_unmatched, *part, use_reentrant=False) if recompute else _unmatched(*part)
+            )
+        return matched, unmatched / (texts * (len(image) - 1))
+
+
+def _unmatched(image: Tensor, difference: Tensor, logit_scale: Tensor | float, first: int) -> Tensor:
+    """The sum of softplus(-d[i, j]) over all images i but a text's own, which is first + j."""
+    margin = logit_scale * image @ difference.T  # d: [B, b]
+    columns = torch.arange(len(difference), device=image.device)
+    return F.softplus(-margin).index_put((columns + first, columns), margin.new_zeros(())).sum()
 
 
 def tso_loss(yes: Tensor, no: Tensor, kind: str = "l2") -> Tensor:

@@ -14,14 +14,13 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.hf_model import HFTextEncoder
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from .checkpoint import PROMPTS, is_clipn, load_weights, published_name, read_checkpoint
 from .images import Transform, train_transform, val_transform
+from .text import text_features, token_embedding
 
 Architecture = dict[str, Any]  # an open_clip JSON model config: embed_dim, vision_cfg, text_cfg, ...
 
@@ -36,7 +35,7 @@ class NoTextTower(nn.Module):
         super().__init__()
         self.tower = copy.deepcopy(text).requires_grad_(True)
         self.num_prompts = num_prompts
-        width = self._embedding().embedding_dim
+        width = token_embedding(self.tower).embedding_dim
         prompts = nn.Parameter(torch.zeros(num_prompts, context_length, width)) if num_prompts else None
         self.register_parameter("prompts", prompts)
 
@@ -47,29 +46,10 @@ class NoTextTower(nn.Module):
         """
         if self.prompts is None:
             return text_features(self.tower, tokens)
-        prompts = self._select(choice)
-
-        # What is added to the token embeddings is added to their sum with the positions, in every kind of text tower.
-        def add_prompts(module: nn.Module, arguments: tuple, embedded: Tensor) -> Tensor:
-            return embedded + prompts[:, : embedded.shape[1]].to(embedded.dtype)
-
-        hook = self._embedding().register_forward_hook(add_prompts)
-        try:
-            return text_features(self.tower, tokens)
-        finally:
-            hook.remove()
-
-    def _select(self, choice: Tensor | None) -> Tensor:
         mean = self.prompts.mean(dim=0, keepdim=True)
         if choice is None:
-            return mean
-        table = torch.cat([self.prompts, mean])
-        return F.embedding(choice, table.flatten(1)).unflatten(1, table.shape[1:])
-
-    def _embedding(self) -> nn.Embedding:
-        if isinstance(self.tower, HFTextEncoder):
-            return self.tower.transformer.get_input_embeddings()
-        return self.tower.token_embedding
+            return text_features(self.tower, tokens, mean)
+        return text_features(self.tower, tokens, torch.cat([self.prompts, mean]), choice)
 
 
 class CLIPN(nn.Module):
@@ -111,7 +91,7 @@ class CLIPN(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, D]."""
-        return _features(self.base.encode_image(images, normalize=False))
+        return F.normalize(self.base.encode_image(images, normalize=False).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """[B, L] token ids -> [B, D] by the "yes" tower."""
@@ -234,31 +214,6 @@ def get_tokenizer(model_name: str | Architecture) -> Callable[[str | list[str]],
     if text.get("hf_tokenizer_name"):
         return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
     return SimpleTokenizer(**options)
-
-
-def text_features(tower: nn.Module, tokens: Tensor) -> Tensor:
-    """[B, L] token ids -> [B, D], float32, L2-normalised, by an open_clip text tower.
-
-    The padding after the batch's last end token is not read where leaving it out changes nothing: where no position
-    looks ahead and the pooled one is the end token's.
-    """
-    if not _ignores_padding(tower):
-        return _features(tower(tokens))
-    is_end = tokens == tokens.amax(dim=1, keepdim=True) if tower.pool_type == "argmax" else tokens == tower.eos_id
-    length = int(is_end.int().argmax(dim=1).max()) + 1
-    mask = tower.attn_mask[:length, :length]
-    return _features(torch.func.functional_call(tower, {"attn_mask": mask}, (tokens[:, :length],)))
-
-
-def _ignores_padding(tower: nn.Module) -> bool:
-    if not isinstance(tower, TextTransformer) or tower.attn_mask is None:
-        return False
-    return tower.cls_emb is None and tower.pool_type in ("argmax", "eos")
-
-
-def _features(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    pooled = output[0] if isinstance(output, tuple) else output  # CoCa's towers return their tokens too
-    return F.normalize(pooled.float(), dim=-1)
 
 
 def load_base(base: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -15,7 +15,8 @@ from .config import Config
 from .distributed import gather_rows, rank, world_size
 from .features import autocast
 from .losses import itbo_loss, tso_loss
-from .model import Architecture, build_base, create_model_and_transforms, load_base, text_features
+from .model import Architecture, build_base, create_model_and_transforms, load_base
+from .text import text_features
 
 Batch = dict[str, Tensor]
 

@@ -88,3 +88,31 @@ def test_losses_stay_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = itbo_loss(image, yes, no, 100.0)
     torch.testing.assert_close(mixed, plain)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 12), st.integers(1, 12), st.integers(1, 200), st.integers(0, 1000))
+def test_block_by_block_is_the_direct_loss(images, texts, block, seed):
+    texts = min(images, texts)
+    image, yes, no = unit(images, seed=seed), unit(texts, seed=seed + 1), unit(texts, seed=seed + 2)
+    inputs = [image.requires_grad_(), yes.requires_grad_(), no.requires_grad_(), torch.tensor(20.0, requires_grad=True)]
+    direct = itbo_loss(*inputs, first=images - texts)
+    blocked = itbo_loss(*inputs, first=images - texts, block=block)
+    torch.testing.assert_close(blocked, direct)
+    for term in (0, 1):
+        expected = torch.autograd.grad(direct[term], inputs, retain_graph=True)
+        found = torch.autograd.grad(blocked[term], inputs, retain_graph=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_never_holds_all_margins():
+    held = []
+
+    def note(tensor):
+        held.append(tensor.numel())
+        return tensor
+
+    image, yes, no = unit(64, seed=1), unit(64, seed=2), unit(64, seed=3).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        sum(itbo_loss(image, yes, no, 20.0, block=128))
+    assert max(held) <= 64 * 8  # the features themselves

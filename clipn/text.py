@@ -1,0 +1,180 @@
+"""Text towers read without padding, where that gives exactly what the tower itself gives.
+
+A tower whose positions never look ahead, and which is pooled at the end token, cannot see what stands behind it. Then
+a batch's captions are laid end to end, and only attention, a few percent of the work, sees them side by side. Such a
+tower of unusual blocks reads a batch cut to its longest caption, and a tower of another build reads it whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Group(NamedTuple):
+    """Captions of similar length: n of them, the longest of `width` tokens, in tokens start .. stop of the batch."""
+
+    start: int
+    stop: int
+    captions: int
+    width: int
+    places: Tensor  # [stop - start], where each token stands in the flattened [captions, width]
+
+
+class Captions(NamedTuple):
+    """A batch of B captions laid end to end, the short ones first: T tokens."""
+
+    ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    rows: Tensor  # [T], the caption that each token is of
+    ends: Tensor  # [B], where each caption's end token is among the T
+    groups: list[Group]
+
+
+def text_features(
+    tower: nn.Module, tokens: Tensor, prompts: Tensor | None = None, choice: Tensor | None = None
+) -> Tensor:
+    """[B, L] token ids, on any device -> [B, D], float32, L2-normalised, by an open_clip text tower, on its device.
+
+    prompts: [K, context, width], of which each caption gets the one that `choice` [B] says (none given: the first),
+    added to its token and position embeddings at every position.
+    """
+    if is_packable(tower):
+        output = _packed(tower, tokens, prompts, choice)
+    else:
+        with _added(tower, prompts, choice):
+            output = _cut(tower, tokens.to(next(tower.parameters()).device))
+    pooled = output[0] if isinstance(output, tuple) else output  # CoCa's tower returns its tokens too
+    return F.normalize(pooled.float(), dim=-1)
+
+
+def token_embedding(tower: nn.Module) -> nn.Embedding:
+    """The module that turns token ids into vectors."""
+    if isinstance(tower, HFTextEncoder):
+        return tower.transformer.get_input_embeddings()
+    return tower.token_embedding
+
+
+def ignores_padding(tower: nn.Module) -> bool:
+    """Whether what stands behind the end token changes nothing: no position looks ahead, and the end's is pooled."""
+    if not isinstance(tower, TextTransformer) or tower.attn_mask is None:
+        return False
+    return tower.cls_emb is None and tower.pool_type in ("argmax", "eos")
+
+
+def is_packable(tower: nn.Module) -> bool:
+    """Whether captions can be laid end to end: no padding is seen, and every block is open_clip's standard one."""
+    return ignores_padding(tower) and all(
+        type(block) is ResidualAttentionBlock and type(block.attn) is nn.MultiheadAttention and not block.attn.dropout
+        for block in tower.transformer.resblocks
+    )
+
+
+def caption_lengths(tower: TextTransformer, tokens: Tensor) -> Tensor:
+    """[B, L] token ids -> [B], how many are read: up to the one that the tower is pooled at."""
+    ends = tokens if tower.pool_type == "argmax" else (tokens == tower.eos_id).int()
+    return ends.argmax(dim=1) + 1
+
+
+def pack(tokens: Tensor, lengths: Tensor) -> Captions:
+    """Lay captions end to end. tokens: [B, L] and lengths: [B], both on the CPU."""
+    order = lengths.argsort(stable=True)
+    lengths = lengths[order]
+    real = torch.arange(tokens.shape[1]) < lengths[:, None]
+    rows, positions = real.nonzero(as_tuple=True)
+    ends = torch.empty_like(lengths)
+    ends[order] = lengths.cumsum(0) - 1
+    return Captions(tokens[order][real], positions, order[rows], ends, _group(lengths, rows, positions))
+
+
+def _group(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Group]:
+    """Groups of lengths up to 8, 16, 32, ...: side by side, no group is more than half padding."""
+    exponents = (lengths - 1).clamp(min=4).log2().floor()
+    groups, caption, start = [], 0, 0
+    for count in torch.unique_consecutive(exponents, return_counts=True)[1].tolist():
+        width = int(lengths[caption + count - 1])
+        stop = start + int(lengths[caption : caption + count].sum())
+        places = (rows[start:stop] - caption) * width + positions[start:stop]
+        groups.append(Group(start, stop, count, width, places))
+        caption, start = caption + count, stop
+    return groups
+
+
+def _cut(tower: nn.Module, tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
+    if not ignores_padding(tower):
+        return tower(tokens)
+    length = int(caption_lengths(tower, tokens).max())
+    mask = tower.attn_mask[:length, :length]
+    return torch.func.functional_call(tower, {"attn_mask": mask}, (tokens[:, :length],))
+
+
+def _packed(tower: TextTransformer, tokens: Tensor, prompts: Tensor | None, choice: Tensor | None) -> Tensor:
+    device = tower.positional_embedding.device
+    tokens = tokens.cpu()
+    captions = _to(pack(tokens, caption_lengths(tower, tokens)), device)
+    hidden = tower.token_embedding(captions.ids) + F.embedding(captions.positions, tower.positional_embedding)
+    if prompts is not None:
+        which = captions.positions
+        if choice is not None:
+            which = which + choice.to(device)[captions.rows] * prompts.shape[1]
+        hidden = hidden + F.embedding(which, prompts.flatten(0, 1))
+    hidden = hidden.to(tower.transformer.get_cast_dtype())
+    for block in tower.transformer.resblocks:
+        if tower.transformer.grad_checkpointing and torch.is_grad_enabled():
+            hidden = checkpoint(_block, block, hidden, captions.groups, use_reentrant=False)
+        else:
+            hidden = _block(block, hidden, captions.groups)
+    pooled = tower.ln_final(hidden[captions.ends])
+    if tower.text_projection is None:
+        return pooled
+    linear = isinstance(tower.text_projection, nn.Linear)
+    return tower.text_projection(pooled) if linear else pooled @ tower.text_projection
+
+
+def _block(block: ResidualAttentionBlock, hidden: Tensor, groups: list[Group]) -> Tensor:
+    """[T, width] -> [T, width]: one residual attention block."""
+    attention = block.attn
+    projected = F.linear(block.ln_1(hidden), attention.in_proj_weight, attention.in_proj_bias)
+    attended = torch.cat([_attend(projected[g.start : g.stop], attention.num_heads, g) for g in groups])
+    hidden = hidden + block.ls_1(attention.out_proj(attended))
+    return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
+
+
+def _attend(projected: Tensor, heads: int, group: Group) -> Tensor:
+    """[tokens of a group, 3 width] queries, keys and values -> [tokens, width]; each caption sees itself alone."""
+    size = group.captions * group.width
+    side_by_side = projected.new_zeros(size, projected.shape[1]).index_copy(0, group.places, projected)
+    query, key, value = side_by_side.view(group.captions, group.width, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return attended.transpose(1, 2).reshape(size, -1)[group.places]
+
+
+def _to(captions: Captions, device: torch.device) -> Captions:
+    groups = [group._replace(places=group.places.to(device, non_blocking=True)) for group in captions.groups]
+    return Captions(*(part.to(device, non_blocking=True) for part in captions[:4]), groups)
+
+
+@contextmanager
+def _added(tower: nn.Module, prompts: Tensor | None, choice: Tensor | None) -> Iterator[None]:
+    """Add prompts to the token embeddings, which is to add them to their sum with the positions, in every tower."""
+    if prompts is None:
+        yield
+        return
+    chosen = prompts[:1] if choice is None else F.embedding(choice, prompts.flatten(1)).unflatten(1, prompts.shape[1:])
+
+    def add(module: nn.Module, arguments: tuple, embedded: Tensor) -> Tensor:
+        return embedded + chosen[:, : embedded.shape[1]].to(embedded.dtype)
+
+    hook = token_embedding(tower).register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

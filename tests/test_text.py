@@ -1,0 +1,94 @@
+"""Reading text without its padding gives what the tower gives that reads it whole: features and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import architecture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipn.model import build_base, get_tokenizer
+from clipn.text import ignores_padding, is_packable, pack, text_features
+
+START, END = 49406, 49407
+TEXTS = [
+    "dog",
+    "a red apple",
+    "",
+    "a long caption of a city at night with many many lights and cars in it all",
+    "two cats",
+]
+
+PACKED = {
+    "highest id": {},
+    "end id": {"pool_type": "eos", "eos_id": END},
+    "an end id that no text has": {"pool_type": "eos", "eos_id": 7},
+    "longer context": {"context_length": 77},
+    "layer scale, projection with bias": {"ls_init_value": 0.1, "proj_bias": True},
+    "no projection": {"proj_type": "none"},
+    "two layers": {"layers": 2},
+}
+CUT = {"custom blocks": {"qk_norm": True, "scale_attn": True}}
+WHOLE = {
+    "no causal mask": {"no_causal_mask": True},
+    "last position": {"pool_type": "last"},
+    "class token": {"embed_cls": True},
+}
+
+
+def tower_of(text):
+    torch.manual_seed(0)
+    return build_base(architecture(text=text))[0].text
+
+
+def features_and_gradients(tower, features):
+    tower.zero_grad()
+    (features * torch.linspace(-1, 1, features.numel()).view_as(features)).sum().backward()
+    return features.detach(), {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
+
+
+def assert_reads_alike(tower, tokens):
+    whole = features_and_gradients(tower, F.normalize(tower(tokens), dim=-1))
+    short = features_and_gradients(tower, text_features(tower, tokens))
+    assert whole[1].keys() == short[1].keys()
+    torch.testing.assert_close(short, whole, rtol=1e-4, atol=5e-5)
+
+
+@pytest.mark.parametrize("text", [*PACKED.values(), *CUT.values(), *WHOLE.values()], ids=[*PACKED, *CUT, *WHOLE])
+def test_padding_changes_nothing(text):
+    tower = tower_of(text)
+    assert is_packable(tower) == (text in PACKED.values())
+    assert ignores_padding(tower) == (text not in WHOLE.values())
+    assert_reads_alike(tower, get_tokenizer(architecture(text=text))(TEXTS))
+
+
+def test_what_stands_behind_the_end_token_is_not_read():
+    tower = tower_of({})
+    tokens = get_tokenizer(architecture())(TEXTS)
+    scribbled = torch.where(tokens == 0, torch.randint(1, 400, tokens.shape), tokens)
+    assert torch.equal(text_features(tower, tokens), text_features(tower, scribbled))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=12))
+def test_any_lengths(lengths):
+    tower = tower_of({"context_length": 40})
+    tokens = torch.zeros(len(lengths), 40, dtype=torch.long)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = torch.arange(5, 5 + length)
+        row[0], row[length - 1] = START, END
+    captions = pack(tokens, torch.tensor(lengths))
+    assert len(captions.ids) == sum(lengths)
+    assert [g.stop - g.start for g in captions.groups] and captions.groups[-1].stop == sum(lengths)
+    assert all(2 * (g.stop - g.start) >= g.captions * g.width for g in captions.groups if g.width > 8)
+    assert captions.ids[captions.ends].tolist() == [END] * len(lengths)
+    torch.testing.assert_close(text_features(tower, tokens), F.normalize(tower(tokens), dim=-1), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("text", [{}, *WHOLE.values()], ids=["packed", *WHOLE])
+def test_recomputing_activations_changes_nothing(text):
+    tower = tower_of(text | {"layers": 2})
+    tokens = get_tokenizer(architecture(text=text))(TEXTS)
+    kept = features_and_gradients(tower, text_features(tower, tokens))
+    tower.set_grad_checkpointing(True)
+    torch.testing.assert_close(features_and_gradients(tower, text_features(tower, tokens)), kept, rtol=0, atol=0)
