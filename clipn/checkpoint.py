@@ -7,13 +7,14 @@ their own names (`transformer.*`, `ln_final.*`, ...), `logit_scale`, the same pa
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from .files import whole_file
 
 PROMPTS = "prompt_no"
 
@@ -92,19 +93,11 @@ def load_weights(module: torch.nn.Module, state: dict[str, torch.Tensor], names:
 
 def write_checkpoint(content: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint so that `path` is at every moment either absent, the old file, or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
+        with whole_file(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except RuntimeError as error:  # what torch.save says of a full disk
         raise OSError(f"{path}: could not be written: {str(error).splitlines()[0]}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _flat(state: Any, path: Path) -> dict[str, torch.Tensor]:

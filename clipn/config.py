@@ -15,6 +15,8 @@ OBJECTIVES = ("clipn", "clip")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TSO_KINDS = ("l2", "cosine")
 WORLDS = ("toy", "photos")
+SOURCES = ("pairs", "features")
+FEATURE_DTYPES = ("float16", "float32")
 
 
 def _require(ok: bool, key: str, value: Any, expected: str) -> None:
@@ -82,6 +84,7 @@ class DataConfig:
     """The image-caption pairs and how an image is cropped."""
 
     root: str = "data"  # for ${data.root} in the paths of a config
+    source: str = "pairs"  # pairs: read and encode them in every epoch | features: encode them once, see `features`
     shards: Any = ""  # "data/cc3m/{00000..00331}.tar", a glob, a list of those, or a .csv / .tsv file
     num_pairs: int | None = None  # pairs in an epoch; null: all there are
     workers: int = 4  # decoding processes of each rank
@@ -98,6 +101,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         many = isinstance(self.shards, (list, tuple)) and all(isinstance(s, str) for s in self.shards)
         _require(isinstance(self.shards, str) or many, "data.shards", self.shards, "a pattern or a list of patterns")
+        _require(self.source in SOURCES, "data.source", self.source, f"one of {SOURCES}")
         _require(self.num_pairs is None or self.num_pairs >= 2, "data.num_pairs", self.num_pairs, "2 or more, or null")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         scale = self.crop_scale
@@ -109,6 +113,28 @@ class DataConfig:
         _require(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
         _require(0 <= self.erase <= 1, "data.erase", self.erase, "a probability")
         _require(0 <= self.color_jitter <= 1, "data.color_jitter", self.color_jitter, "0 to 1")
+
+
+@dataclass
+class FeaturesConfig:
+    """What the frozen towers make of pairs and image sets, computed once and kept on disk."""
+
+    dir: str = "${run.dir}/features"
+    views: int = 1  # random crops of each image (and draws of a caption template); epoch e reads view e % views
+    seed: int = 0  # of those draws: runs of any run.seed share features
+    dtype: str = "float16"  # of the pairs' features on disk: float16 | float32
+    precision: str | None = None  # of the towers, while pairs are encoded; null: as train.precision
+    batch_size: int = 256  # images encoded at once, on each rank
+    part_size: int = 4096  # pairs or images in a file: what a kill costs at most
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dir), "features.dir", self.dir, "a folder")
+        for key in ("views", "batch_size", "part_size"):
+            _require(getattr(self, key) >= 1, f"features.{key}", getattr(self, key), "1 or more")
+        _require(0 <= self.seed < 2**31, "features.seed", self.seed, "0 or more, up to 2147483647")
+        _require(self.dtype in FEATURE_DTYPES, "features.dtype", self.dtype, f"one of {FEATURE_DTYPES}")
+        known = self.precision is None or self.precision in PRECISIONS
+        _require(known, "features.precision", self.precision, f"null or one of {PRECISIONS}")
 
 
 @dataclass
@@ -127,6 +153,9 @@ class TrainConfig:
     tso_weight: float = 1.0
     tso_kind: str = "l2"  # l2 | cosine
     precision: str = "bf16"  # fp32 | bf16 | fp16
+    micro_batch_size: int | None = None  # clipn: captions that each rank trains on at once; null: its whole share
+    grad_checkpointing: bool = False  # recompute the no tower's activations instead of keeping them
+    compile: bool = False  # torch.compile
     resume: str = "auto"  # auto: the run's last checkpoint, if any | never | PATH: that, for a run that has none
     checkpoint_every_steps: int = 1000  # besides one at the end of each epoch; 0: only those
     log_every_steps: int = 20
@@ -137,6 +166,10 @@ class TrainConfig:
         _require(self.tso_kind in TSO_KINDS, "train.tso_kind", self.tso_kind, f"one of {TSO_KINDS}")
         _require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
         _require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more: the losses compare pairs")
+        micro = self.micro_batch_size
+        _require(micro is None or micro >= 1, "train.micro_batch_size", micro, "1 or more, or null")
+        alone = micro is None or self.objective == "clipn"
+        _require(alone, "train.micro_batch_size", micro, "null with train.objective=clip, which compares all texts")
         _require(self.lr > 0, "train.lr", self.lr, "a positive number")
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(ok, "train.betas", self.betas, "two numbers in [0, 1)")
@@ -159,6 +192,7 @@ class EvalConfig:
     checkpoints: Any = None  # a path, a glob or a list: mean and deviation over them; null: this run's own
     batch_size: int = 256
     precision: str = "fp32"  # fp32 | bf16 | fp16
+    keep_features: bool = True  # in features.dir: other checkpoints of the same base, and other scores, read no image
 
     def __post_init__(self) -> None:
         _require(self.precision in PRECISIONS, "eval.precision", self.precision, f"one of {PRECISIONS}")
@@ -176,9 +210,14 @@ class Config:
     world: WorldConfig = field(default_factory=WorldConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     base: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fits = self.data.source == "pairs" or self.train.objective == "clipn"
+        _require(fits, "data.source", self.data.source, "pairs with train.objective=clip: none of its towers is frozen")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -215,6 +254,7 @@ def base_config(config: Config) -> Config | None:
     own = OmegaConf.create(to_dict(config) | {"base": {}, "eval": {}})
     if config.train.resume != "never":
         own.train.resume = "auto"  # a path is meant for the run itself
+    own.data.source, own.train.micro_batch_size = "pairs", None  # only CLIPN's own training has frozen towers
     tree = _merge(tree, own, "base")
     tree = _merge(tree, OmegaConf.create(config.base), "base")
     tree.run.dir, tree.run.seeds = str(Path(config.run.dir) / "base"), []

@@ -20,7 +20,6 @@ from .distributed import choose_device
 from .features import image_set_features
 from .head import Head, build_head
 from .image_sets import ImageSet, open_image_sets
-from .images import val_transform
 from .metrics import ood_metrics
 from .model import CLIPN, create_model_and_transforms, get_tokenizer, load_model
 from .prompts import load_class_names, load_templates
@@ -35,8 +34,9 @@ RESULT_COLUMNS = ["id_set", "ood_set", "method", "AUROC", "FPR95", "AUPR_IN", "A
 
 @dataclass(frozen=True)
 class SetScores:
-    """What one model says of one image set of N images."""
+    """What one model says of the N readable images of one image set."""
 
+    images: ImageSet
     scores: dict[str, np.ndarray]  # by method: [N], higher means ID
     says_ood: dict[str, np.ndarray]  # by threshold-free decision: [N] bool
     predicted: np.ndarray  # [N] class indices
@@ -47,7 +47,7 @@ class Evaluation(NamedTuple):
 
     results: pd.DataFrame  # RESULT_COLUMNS
     decisions: pd.DataFrame
-    image_sets: list[ImageSet]  # the ID set first
+    image_sets: list[ImageSet]  # the ID set first, and without what is unreadable
     scores: dict[str, dict[str, np.ndarray]]  # by set and method, of the first checkpoint
 
 
@@ -68,14 +68,14 @@ def evaluate(config: Config) -> Evaluation:
     rows, decisions, first = [], [], None
     for model, seed in _models(config):
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
-        found = {s.name: _judge(config, model, head, s) for s in [*id_sets, *ood_sets]}
+        found = _judge(config, model, head, [*id_sets, *ood_sets])
         first = first or found
         rows += _result_rows(id_sets[0], ood_sets, found, methods, seed)
         decisions += _decision_rows(id_sets[0], ood_sets, found, seed)
     evaluation = Evaluation(
         pd.DataFrame(rows, columns=RESULT_COLUMNS),
         pd.DataFrame(decisions),
-        id_sets + ood_sets,
+        [set_scores.images for set_scores in first.values()],
         {name: set_scores.scores for name, set_scores in first.items()},
     )
     write_report(Path(config.run.dir), *evaluation)
@@ -101,22 +101,22 @@ def check_texts(config: Config) -> tuple[list[str], list[str]]:
 
 @torch.no_grad()
 def score_features(
-    head: Head, features: Tensor, methods: Sequence[str], scale: float = 100.0, block: int = 4096
+    head: Head, images: ImageSet, features: Tensor, methods: Sequence[str], scale: float = 100.0, block: int = 1024
 ) -> SetScores:
-    """[N, D] image features -> every score and decision, a block of images at a time."""
-    parts: dict[str, list[Tensor]] = {}
-    for rows in features.split(block):
-        logits_yes, logits_no = head(rows.to(head.weight_yes.device), scale)
-        values = {f"score {name}": SCORES[name](logits_yes, logits_no, scale) for name in methods}
-        values |= {f"says {name}": decide(logits_yes, logits_no) for name, decide in DECISIONS.items()}
-        for name, value in {**values, "predicted": logits_yes.argmax(dim=1)}.items():
-            parts.setdefault(name, []).append(value.cpu())
-    whole = {name: torch.cat(part).numpy() for name, part in parts.items()}
-    return SetScores(
-        {name: whole[f"score {name}"] for name in methods},
-        {name: whole[f"says {name}"] for name in DECISIONS},
-        whole["predicted"],
-    )
+    """A set's [N, D] image features -> every score and decision, a block of images at a time."""
+    scores = {name: torch.empty(len(features)) for name in methods}
+    says_ood = {name: torch.empty(len(features), dtype=torch.bool) for name in DECISIONS}
+    predicted = torch.empty(len(features), dtype=torch.long)
+    for start in range(0, len(features), block):
+        rows = slice(start, start + block)
+        logits_yes, logits_no = head(features[rows].to(head.weight_yes.device), scale)
+        for name in methods:
+            scores[name][rows] = SCORES[name](logits_yes, logits_no, scale)
+        for name, decide in DECISIONS.items():
+            says_ood[name][rows] = decide(logits_yes, logits_no)
+        predicted[rows] = logits_yes.argmax(dim=1)
+    scores, says_ood = ({name: value.numpy() for name, value in found.items()} for found in (scores, says_ood))
+    return SetScores(images, scores, says_ood, predicted.numpy())
 
 
 def find_checkpoints(config: Config) -> list[str]:
@@ -165,19 +165,21 @@ def _seed_of(content: dict[str, Any], default: int) -> int:
     return ((content.get("config") or {}).get("run") or {}).get("seed", default)
 
 
-def _judge(config: Config, model: CLIPN, head: Head, images: ImageSet) -> SetScores:
-    settings = config.eval
-    features = image_set_features(
-        model, images, val_transform(model.preprocess), settings.batch_size, config.data.workers, settings.precision
-    )
-    return score_features(head, features, settings.methods, settings.scale)
+def _judge(config: Config, model: CLIPN, head: Head, image_sets: Sequence[ImageSet]) -> dict[str, SetScores]:
+    found = {}
+    for images, features in image_set_features(config, model, image_sets):
+        if images.left_out:
+            log.warning("%s: %d images are unreadable and left out", images.name, len(images.left_out))
+        found[images.name] = score_features(head, images, features, config.eval.methods, config.eval.scale)
+    return found
 
 
 def _result_rows(
     id_set: ImageSet, ood_sets: Sequence[ImageSet], found: dict[str, SetScores], methods: Sequence[str], seed: int
 ) -> list[dict]:
     inside = found[id_set.name]
-    accuracy = float((inside.predicted == id_set.labels).mean()) if id_set.labels else float("nan")
+    labels = inside.images.labels
+    accuracy = float((inside.predicted == labels).mean()) if labels else float("nan")
     return [
         {"id_set": id_set.name, "ood_set": ood.name, "method": method, "id_accuracy": accuracy, "seed": seed}
         | ood_metrics(inside.scores[method], found[ood.name].scores[method])

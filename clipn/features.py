@@ -1,19 +1,52 @@
-"""Features of the frozen towers, each image read and encoded once."""
+"""Features of the frozen towers, computed once and kept on disk.
+
+A store is a folder: manifest.json says what the features are of, and part_00000.safetensors, part_00001.safetensors,
+... hold them, `part_size` samples each. A part is written whole or not at all, by one rank; what is there is not made
+again.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from .distributed import is_main
+from .config import Config
+from .distributed import barrier, is_main, rank, world_size
+from .files import whole_file
 from .image_sets import ImageFiles, ImageSet
-from .images import Transform
-from .model import CLIPN
+from .images import val_transform
+from .model import CLIPN, context_length
+from .pairs import (
+    EpochBatches,
+    Pairs,
+    Tokenizer,
+    epoch_batches,
+    fingerprint,
+    leave_signals,
+    pair_dataset,
+)
+from .text import caption_lengths, ignores_padding
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FORMAT = 1  # of a store; another number refuses what was written before
+
+Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # a batch of samples -> tensors to keep, joined over batches
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -21,20 +54,385 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, DTYPES[precision]) if precision in DTYPES else nullcontext()
 
 
-@torch.inference_mode()
+class FeatureStore:
+    """A folder of parts, and the manifest that says what they are of.
+
+    Opening makes the folder if it is not there. Raises ValueError, with the differences, for one that holds features of
+    something else, or none of whose description is readable.
+    """
+
+    def __init__(self, folder: str | Path, manifest: dict[str, Any]) -> None:
+        self.folder, file = Path(folder), Path(folder) / "manifest.json"
+        if is_main() and not file.is_file():
+            with whole_file(file) as stream:
+                stream.write(json.dumps({"format": _FORMAT} | manifest, indent=2).encode())
+        barrier()
+        self.manifest = _read_manifest(file)
+        expected = json.loads(json.dumps({"format": _FORMAT} | manifest))
+        changes = [
+            f"{key}: {self.manifest.get(key)!r} there, {value!r} now"
+            for key, value in expected.items()
+            if self.manifest.get(key) != value
+        ]
+        if changes:
+            raise ValueError(
+                f"{file}: features of something else: {'; '.join(changes)}. Choose another features.dir, or delete it"
+            )
+
+    @property
+    def samples(self) -> int:
+        """How many samples the features are of, unreadable ones included."""
+        return self.manifest["samples"]
+
+    def __len__(self) -> int:
+        """The number of parts."""
+        return -(-self.samples // self.manifest["part_size"])
+
+    def numbers(self, part: int) -> range:
+        """The samples of a part."""
+        size = self.manifest["part_size"]
+        return range(part * size, min(self.samples, (part + 1) * size))
+
+    def file(self, part: int) -> Path:
+        return self.folder / f"part_{part:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """The parts that are not there yet."""
+        return [part for part in range(len(self)) if not self.file(part).is_file()]
+
+    def write(self, part: int, tensors: dict[str, Tensor]) -> None:
+        """Keep a part. Raises OSError for a full disk; then the part is not there."""
+        with whole_file(self.file(part)) as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+    def read(self, part: int) -> dict[str, Tensor]:
+        """A part's tensors, mapped from the file. Raises ValueError for a file that is not whole."""
+        try:
+            return load_file(self.file(part))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.file(part)}: not a whole feature file ({error}); delete it, and the same command makes it anew"
+            ) from error
+
+    @torch.inference_mode()
+    def fill(self, dataset: Dataset, encode: Encode, batch_size: int, workers: int, name: str) -> None:
+        """Make the missing parts: each rank its share, each sample of `dataset` once.
+
+        A sample that is None is unreadable: it is left out, and its number is kept under "skipped".
+        """
+        mine = self.missing()[rank() :: world_size()]
+        barrier()  # before any rank changes what is missing
+        batches = [
+            list(self.numbers(part)[first : first + batch_size])
+            for part in mine
+            for first in range(0, len(self.numbers(part)), batch_size)
+        ]
+        loader = DataLoader(
+            _Numbered(dataset),
+            batch_sampler=batches,
+            num_workers=workers if batches else 0,
+            collate_fn=_readable,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals,
+        )
+        total = sum(map(len, batches))
+        with tqdm(total=total, desc=name, unit="image", disable=None if is_main() else True, leave=False) as bar:
+            found = iter(loader)
+            for part in mine:
+                kept: dict[str, list[Tensor]] = {}
+                for _ in range(-(-len(self.numbers(part)) // batch_size)):
+                    batch = next(found)
+                    bar.update(len(batch.pop("read")))
+                    encoded = encode(batch) if len(batch) > 1 else {}
+                    for key, value in {**encoded, "skipped": batch["skipped"]}.items():
+                        kept.setdefault(key, []).append(value)
+                self.write(part, {key: torch.cat(values).cpu() for key, values in kept.items()})
+        barrier()
+
+
+class _Numbered(Dataset):
+    """number -> (number, sample)."""
+
+    def __init__(self, samples: Dataset) -> None:
+        self.samples = samples
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        return number, self.samples[number]
+
+
+class PairFeatures:
+    """The features of all readable pairs, a row each, ready to be drawn from in any order.
+
+    On a GPU that has the room they are held there; else they stay on disk, mapped into memory.
+    """
+
+    def __init__(self, store: FeatureStore, device: torch.device) -> None:
+        parts = [store.read(part) for part in range(len(store))]
+        self.skipped = sum(len(part["skipped"]) for part in parts)
+        parts = [part for part in parts if "image" in part]
+        if not parts:
+            raise ValueError(f"{store.folder}: none of its {store.samples} pairs is readable")
+        self.image = _Rows([part["image"] for part in parts], device)
+        self.yes = _Rows([part["yes"] for part in parts], device)
+        names = [name for name in ("tokens", "no_tokens") if name in parts[0]]
+        self.tokens = {name: _Texts(parts, name, store.manifest["context_length"]) for name in names}
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def batch(self, items: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """(epoch, row) items -> {"image_features" [b, D], "yes_features" [b, D], "tokens" [b, L], ...}."""
+        epoch, rows = items[0][0], torch.tensor([row for _, row in items])
+        found = {name: texts.take(rows, epoch) for name, texts in self.tokens.items()}
+        return found | {
+            "image_features": self.image.take(rows, epoch),
+            "yes_features": self.yes.take(rows, epoch),
+            "skipped": torch.zeros(1, dtype=torch.long),
+        }
+
+    def batches(self, order: EpochBatches) -> Iterator[dict[str, Tensor]]:
+        """This rank's batches in the order of training."""
+        return (self.batch(items) for items in order)
+
+
+class _Rows:
+    """[N, views, D] in parts."""
+
+    def __init__(self, parts: list[Tensor], device: torch.device) -> None:
+        size = sum(part.numel() * part.element_size() for part in parts)
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
+            parts = [torch.cat([part.to(device) for part in parts])]
+        self.parts = parts
+        self.ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def take(self, rows: Tensor, epoch: int) -> Tensor:
+        """[b] row numbers -> [b, D], of the view that is an epoch's turn."""
+        view = epoch % self.parts[0].shape[1]
+        if len(self.parts) == 1:
+            return self.parts[0][rows.to(self.parts[0].device), view]
+        which = torch.bucketize(rows, self.ends, right=True)
+        found = self.parts[0].new_empty(len(rows), self.parts[0].shape[2])
+        for part in which.unique().tolist():
+            mine = which == part
+            start = int(self.ends[part]) - len(self.parts[part])
+            found[mine] = self.parts[part][rows[mine] - start, view]
+        return found
+
+
+class _Texts:
+    """Token ids of [N, views] captions, end to end."""
+
+    def __init__(self, parts: list[dict[str, Tensor]], name: str, context_length: int) -> None:
+        self.ids = torch.cat([part[name] for part in parts])
+        self.lengths = torch.cat([part[f"{name}_length"] for part in parts]).long()
+        self.starts = self.lengths.flatten().cumsum(0).view_as(self.lengths) - self.lengths
+        self.context_length = context_length
+
+    def take(self, rows: Tensor, epoch: int) -> Tensor:
+        """[b] row numbers -> [b, context_length] token ids."""
+        view = epoch % self.lengths.shape[1]
+        lengths, starts = self.lengths[rows, view, None], self.starts[rows, view, None]
+        places = torch.arange(self.context_length)
+        real = places < lengths
+        tokens = torch.zeros(real.shape, dtype=torch.long)
+        tokens[real] = self.ids[(starts + places)[real]].long()
+        return tokens
+
+
+def pair_features(config: Config, model: CLIPN, tokenizer: Tokenizer, pairs: Pairs | None) -> PairFeatures:
+    """The features of pairs in features.dir: what is missing there is made, and said beforehand how large it is.
+
+    pairs: None takes whatever pairs the folder holds features of. Raises ValueError for features of another model or
+    other settings, or a damaged file; OSError when the disk has no room.
+    """
+    settings, data = config.features, config.data
+    dim = model.architecture["embed_dim"]
+    folder = Path(settings.dir) / "pairs"
+    if pairs is None and not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(f"features.dir={settings.dir!r}: no features there, and data.shards names no pairs")
+    store = FeatureStore(folder, _describe_pairs(config, model, pairs))
+    missing = store.missing()
+    if missing and pairs is None:
+        raise ValueError(f"{folder}: {len(missing)} of {len(store)} parts are missing, and data.shards names no pairs")
+    texts = settings.views if len(data.caption_templates) > 1 else 1
+    _say_size(store, missing, dim * (settings.views + texts) * (2 if settings.dtype == "float16" else 4))
+    if missing:
+        dataset = _PairViews(config, pairs, model, tokenizer, texts)
+        precision = settings.precision or config.train.precision
+        encode = pair_encoder(model, precision, getattr(torch, settings.dtype))
+        store.fill(dataset, encode, settings.batch_size, data.workers, "features")
+    features = PairFeatures(store, model.logit_scale.device)
+    log.info("features: %d pairs in %s, %d unreadable ones left out", len(features), folder, features.skipped)
+    return features
+
+
+def feature_loader(config: Config, features: PairFeatures, start: int) -> tuple[Iterator[dict[str, Tensor]], int]:
+    """This rank's batches from step `start` to the end of training, and the number of steps in an epoch."""
+    order = epoch_batches(config, len(features), start)
+    return features.batches(order), order.steps_per_epoch
+
+
 def image_set_features(
-    model: CLIPN,
-    images: ImageSet,
-    transform: Transform,
-    batch_size: int = 256,
-    workers: int = 4,
-    precision: str = "fp32",
-) -> torch.Tensor:
-    """One pass over an image set -> [N, D] float32, L2-normalised, on the CPU, in the set's order."""
-    device = model.logit_scale.device
-    loader = DataLoader(ImageFiles(images.paths, transform), batch_size, num_workers=workers)
-    features = []
-    for batch in tqdm(loader, desc=images.name, unit="batch", disable=None if is_main() else True, leave=False):
+    config: Config, model: CLIPN, image_sets: Sequence[ImageSet]
+) -> Iterator[tuple[ImageSet, Tensor]]:
+    """One pass over each image set, or none where features.dir has its features.
+
+    Yields each set without its unreadable images, and a row for each of the others: [N, D] float32, L2-normalised, on
+    the CPU. Under many ranks each encodes a share, and all get the whole.
+    """
+    settings, device = config.eval, model.logit_scale.device
+    weights = weights_hash(model.base.visual)
+
+    def encode(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        with autocast(device, settings.precision):
+            return {"image": model.encode_image(batch["image"].to(device, non_blocking=True))}
+
+    for images in image_sets:
+        store = _image_store(config, model, images, weights)
+        if store.missing():
+            dataset = ImageFiles(images.paths, val_transform(model.preprocess))
+            store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
+        parts = [store.read(part) for part in range(len(store))]
+        skipped = torch.cat([part["skipped"] for part in parts]).tolist()
+        if len(skipped) == len(images):
+            raise ValueError(
+                f"image set {images.name!r}: none of the {len(images)} images in {images.root} is readable"
+            )
+        features = torch.cat([part["image"] for part in parts if "image" in part])
+        barrier()
+        if not settings.keep_features and is_main():
+            shutil.rmtree(store.folder)
+        yield images.without(skipped), features
+
+
+def _image_store(config: Config, model: CLIPN, images: ImageSet, weights: str) -> FeatureStore:
+    manifest = {
+        "of": images.name,
+        "weights": weights,
+        "preprocess": model.preprocess,
+        "precision": config.eval.precision,
+        "images": _hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images.paths]),
+        "samples": len(images),
+        "part_size": config.features.part_size,
+    }
+    name = re.sub(r"[^\w.-]", "_", images.name)
+    return FeatureStore(Path(config.features.dir) / "images" / f"{name}-{_hash(manifest)[:12]}", manifest)
+
+
+def weights_hash(*modules: nn.Module) -> str:
+    """SHA-256 over the names, types, shapes and values of modules' weights."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in module.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _PairViews(Dataset):
+    """number -> {"image" [views, 3, H, W], "tokens" [texts, L], "no_tokens" [texts, L]}, or None if unreadable."""
+
+    def __init__(self, config: Config, pairs: Pairs, model: CLIPN, tokenizer: Tokenizer, texts: int) -> None:
+        self.pairs = pair_dataset(config, pairs, model.preprocess, tokenizer, config.features.seed)
+        self.views, self.texts = config.features.views, texts
+
+    def __getitem__(self, number: int) -> dict[str, Tensor] | None:
+        try:
+            views = self.pairs.views(number, range(self.views))
+        except Exception as error:  # every kind of broken file, and PIL raises many
+            log.warning("skipped %s: %s", self.pairs.pairs.name(number), error)
+            return None
+        images = torch.stack([view.pop("image") for view in views])
+        return {"image": images} | {key: torch.stack([v[key] for v in views[: self.texts]]) for key in views[0]}
+
+
+def pair_encoder(model: CLIPN, precision: str, dtype: torch.dtype) -> Encode:
+    device, tower = model.logit_scale.device, model.base.text
+
+    def encode(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images, tokens = batch["image"].to(device, non_blocking=True), batch["tokens"]
         with autocast(device, precision):
-            features.append(model.encode_image(batch.to(device)).cpu())
-    return torch.cat(features)
+            image = torch.stack([model.encode_image(view) for view in images.unbind(1)], dim=1)
+            yes = torch.stack([model.encode_text(view) for view in tokens.unbind(1)], dim=1)
+        found = {"image": image.to(dtype), "yes": yes.to(dtype)}
+        for name in ("tokens", "no_tokens"):
+            if name in batch:
+                found |= _cut_tokens(tower, batch[name], name)
+        return found
+
+    return encode
+
+
+def _cut_tokens(tower: nn.Module, tokens: Tensor, name: str) -> dict[str, Tensor]:
+    """[b, texts, L] -> the ids end to end without what the tower does not read, and the [b, texts] lengths."""
+    flat = tokens.flatten(0, 1)
+    whole = torch.full((len(flat),), flat.shape[1])
+    lengths = caption_lengths(tower, flat) if ignores_padding(tower) else whole
+    real = torch.arange(flat.shape[1]) < lengths[:, None]
+    return {name: flat[real].int(), f"{name}_length": lengths.view(tokens.shape[:2]).int()}
+
+
+def _describe_pairs(config: Config, model: CLIPN, pairs: Pairs | None) -> dict[str, Any]:
+    """The manifest of a training set's features: all that they depend on."""
+    data, settings = config.data, config.features
+    manifest = {
+        "of": "image-caption pairs",
+        "model": config.model.name,
+        "weights": weights_hash(model.base.visual, model.base.text),
+        "preprocess": model.preprocess,
+        "context_length": context_length(model.architecture),
+        "negated": model.num_prompts == 0,
+        "precision": settings.precision or config.train.precision,
+        "dtype": settings.dtype,
+        "views": settings.views,
+        "seed": settings.seed,
+        "part_size": settings.part_size,
+    }
+    for key in ("crop_scale", "flip", "color_jitter", "erase", "caption_templates", "caption_key"):
+        manifest[key] = getattr(data, key)
+    if pairs is not None:
+        manifest |= {"shards": len(pairs.paths), "pairs": _hash(fingerprint(pairs)), "samples": len(pairs)}
+    return manifest
+
+
+def _say_size(store: FeatureStore, missing: list[int], bytes_per_sample: int) -> None:
+    """Tell how much is to be written. Raises OSError when there is no room for it."""
+    needed = sum(len(store.numbers(part)) for part in missing) * bytes_per_sample
+    free = shutil.disk_usage(store.folder).free
+    log.info(
+        "features: %d pairs in %s, about %.1f MB; %d of %d parts are to be made",
+        store.samples,
+        store.folder,
+        store.samples * bytes_per_sample / 1e6,
+        len(missing),
+        len(store),
+    )
+    if needed > free:
+        raise OSError(
+            f"{store.folder}: the features need {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free there"
+        )
+
+
+def _readable(samples: list[Any]) -> dict[str, Tensor]:
+    """Collate what could be read; "skipped" holds the numbers of the rest, "read" is as long as the batch was."""
+    kept = [sample for _, sample in samples if sample is not None]
+    skipped = [number for number, sample in samples if sample is None]
+    batch = default_collate(kept) if kept else {}
+    return {**batch, "skipped": torch.tensor(skipped, dtype=torch.long), "read": torch.empty(len(samples))}
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not the manifest of a feature store: {error}; delete its folder") from error
+    if not isinstance(content, dict) or not {"samples", "part_size"} <= content.keys():
+        raise ValueError(f"{file}: not the manifest of a feature store: {content!r}; delete its folder")
+    return content

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch.utils.data import Dataset
 
 from .images import IMAGE_SUFFIXES, Transform, open_image
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ImageSet:
     """A named list of image files; `labels` index `classes` (the class folders).
 
-    Both are empty for a folder that holds images itself.
+    Both are empty for a folder that holds images itself. `left_out` are files that turned out to be unreadable.
     """
 
     name: str
@@ -26,9 +29,18 @@ class ImageSet:
     paths: list[Path]
     labels: list[int]
     classes: list[str]
+    left_out: list[Path] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def without(self, numbers: Sequence[int]) -> ImageSet:
+        """The set without these unreadable images."""
+        gone = set(numbers)
+        kept = [number for number in range(len(self)) if number not in gone]
+        labels = [self.labels[number] for number in kept] if self.labels else []
+        paths = [self.paths[number] for number in kept]
+        return replace(self, paths=paths, labels=labels, left_out=[self.paths[number] for number in sorted(gone)])
 
 
 def open_image_set(
@@ -90,7 +102,7 @@ def open_image_sets(value: Any, key: str) -> list[ImageSet]:
 
 
 class ImageFiles(Dataset):
-    """Decodes and transforms the images of a set: index -> [3, H, W]."""
+    """Decodes and transforms the images of a set: index -> {"image": [3, H, W]}, or None for an unreadable one."""
 
     def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
         self.paths, self.transform = paths, transform
@@ -98,12 +110,13 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | None:
         path = self.paths[index]
         try:
-            return self.transform(open_image(path))
+            return {"image": self.transform(open_image(path))}
         except Exception as error:  # PIL raises many kinds
-            raise ValueError(f"{path}: not a readable image: {error}") from error
+            log.warning("left out: %s is no readable image: %s", path, error)
+            return None
 
 
 def _listed(value: Any) -> list[str] | None:

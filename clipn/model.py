@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from .checkpoint import PROMPTS, is_clipn, load_weights, published_name, read_checkpoint
 from .images import Transform, train_transform, val_transform
-from .text import text_features, token_embedding
+from .text import compile_text, is_standard, text_features, token_embedding
 
 Architecture = dict[str, Any]  # an open_clip JSON model config: embed_dim, vision_cfg, text_cfg, ...
 
@@ -50,6 +51,12 @@ class NoTextTower(nn.Module):
         if choice is None:
             return text_features(self.tower, tokens, mean)
         return text_features(self.tower, tokens, torch.cat([self.prompts, mean]), choice)
+
+    def recompute_activations(self) -> None:
+        """Trade time for memory: keep each block's input only. Raises ValueError for a tower that cannot."""
+        if isinstance(self.tower, TextTransformer) and not is_standard(self.tower):
+            raise ValueError("train.grad_checkpointing: open_clip cannot recompute this text tower's blocks")
+        self.tower.set_grad_checkpointing(True)
 
 
 class CLIPN(nn.Module):
@@ -100,6 +107,12 @@ class CLIPN(nn.Module):
     def encode_no_text(self, tokens: Tensor, choice: Tensor | None = None) -> Tensor:
         """[B, L] token ids -> [B, D] by the "no" tower, with the mean prompt unless `choice` says otherwise."""
         return self.no_text(tokens, choice)
+
+    def compile_towers(self) -> None:
+        """torch.compile what a training step runs: the image tower, and the parts of the text towers that gain."""
+        self.base.visual.compile()
+        for tower in (self.base.text, self.no_text.tower):
+            compile_text(tower)
 
     def published_names(self) -> dict[str, str]:
         """Each key of this module's state_dict -> its name in the published layout."""

@@ -16,7 +16,7 @@ from .distributed import gather_rows, rank, world_size
 from .features import autocast
 from .losses import itbo_loss, tso_loss
 from .model import Architecture, build_base, create_model_and_transforms, load_base
-from .text import text_features
+from .text import compile_text, text_features
 
 Batch = dict[str, Tensor]
 
@@ -28,10 +28,14 @@ class Objective(Protocol):
     preprocess: dict
     architecture: Architecture
 
-    def loss(self, trained: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's share of a global batch -> the loss to descend and its terms.
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        """What of this rank's share of a global batch is computed once and without a gradient, on the device."""
 
-        `trained` is self.trained, wrapped for many ranks or not; the mean over ranks is the loss of the whole batch.
+    def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """A prepared batch -> what these rows of it add to the loss to descend, and to its terms.
+
+        `trained` is self.trained, wrapped for many ranks or not; summed over rows, the mean over ranks is the loss of
+        the whole global batch.
         """
 
     def after_step(self) -> dict[str, float]:
@@ -56,20 +60,42 @@ class ClipnObjective:
         self.model.train()
         self.trained = self.model.no_text
         self.preprocess, self.architecture = self.model.preprocess, self.model.architecture
+        if config.train.grad_checkpointing:
+            self.trained.recompute_activations()
+        if config.train.compile:
+            self.model.compile_towers()
 
-    def loss(self, trained: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        train = self.config.train
+    def prepare(self, batch: Batch, step: int) -> Batch:
         tokens = batch["tokens"]
+        if "image_features" in batch:
+            features = (batch[name].to(self.device).float() for name in ("image_features", "yes_features"))
+        else:
+            features = self._frozen(batch["image"], tokens)
+        image, yes = features
+        prepared = {"everyone": gather_rows(image), "yes": yes, "tokens": batch.get("no_tokens", tokens)}
+        choice = self._choice(len(tokens), step)
+        return prepared if choice is None else prepared | {"choice": choice}
+
+    def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        train, share = self.config.train, len(batch["tokens"])
+        yes, tokens = batch["yes"][rows], batch["tokens"][rows]
         with autocast(self.device, train.precision):
-            with torch.no_grad():
-                image, yes = self.model.encode_image(batch["image"]), self.model.encode_text(tokens)
-            no = trained(batch.get("no_tokens", tokens), self._choice(len(tokens), step))
-        everyone = gather_rows(image)
+            no = trained(tokens, batch["choice"][rows] if "choice" in batch else None)
         scale = self.model.logit_scale.exp()
-        itbo_yes, itbo_no = itbo_loss(everyone, yes, no, scale, first=rank() * len(tokens))
+        itbo_yes, itbo_no = itbo_loss(batch["everyone"], yes, no, scale, first=rank() * share + rows.start)
         tso = tso_loss(yes, no, train.tso_kind)
-        loss = 0.5 * (train.itbo_weight * (itbo_yes + itbo_no) + train.tso_weight * tso)
-        return loss, {"itbo_yes": itbo_yes, "itbo_no": itbo_no, "tso": tso}
+        part = len(tokens) / share
+        loss = 0.5 * part * (train.itbo_weight * (itbo_yes + itbo_no) + train.tso_weight * tso)
+        return loss, {"itbo_yes": part * itbo_yes, "itbo_no": part * itbo_no, "tso": part * tso}
+
+    def _frozen(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, 3, H, W] and [b, L] -> image and yes features, a micro-batch at a time."""
+        size = self.config.train.micro_batch_size or len(tokens)
+        with torch.inference_mode(), autocast(self.device, self.config.train.precision):
+            images = images.to(self.device, non_blocking=True)
+            image = torch.cat([self.model.encode_image(part) for part in images.split(size)])
+            yes = torch.cat([self.model.encode_text(part) for part in tokens.split(size)])
+        return image.clone(), yes.clone()  # an inference tensor itself cannot take part in a gradient
 
     def after_step(self) -> dict[str, float]:
         prompts = self.model.no_text.prompts
@@ -87,7 +113,7 @@ class ClipnObjective:
             return None
         draws = np.random.default_rng([self.config.run.seed, step])
         choice = draws.integers(self.model.num_prompts + 1, size=share * world_size())
-        return torch.from_numpy(choice[rank() * share : (rank() + 1) * share]).to(self.device)
+        return torch.from_numpy(choice[rank() * share : (rank() + 1) * share]).to(self.device, non_blocking=True)
 
 
 class ClipObjective:
@@ -107,10 +133,19 @@ class ClipObjective:
         for part in (base.visual, base.text):
             part.requires_grad_(True)
         base.logit_scale.requires_grad_(True)
+        if config.train.grad_checkpointing:
+            base.set_grad_checkpointing(True)
+        if config.train.compile:
+            base.visual.compile()
+            compile_text(base.text)
         self.trained = _Towers(base)
         self.contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
 
-    def loss(self, trained: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, batch: Batch, step: int) -> Batch:
+        return {"image": batch["image"].to(self.device, non_blocking=True), "tokens": batch["tokens"]}
+
+    def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        assert rows == slice(0, len(batch["tokens"])), "the contrastive loss compares every text of a batch"
         with autocast(self.device, self.config.train.precision):
             image, text, scale = trained(batch["image"], batch["tokens"])
         return self.contrastive(image.float(), text.float(), scale), {}

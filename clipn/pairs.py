@@ -13,7 +13,7 @@ import random
 import re
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .config import Config, DataConfig
@@ -71,7 +72,7 @@ class TablePairs:
     """Pairs in a CSV or TSV file with an image path (relative to the file) and a caption in each row."""
 
     def __init__(self, path: Path, image_column: str, caption_column: str) -> None:
-        self.folder, self.path = path.parent, path
+        self.folder, self.path, self.paths = path.parent, path, [path]
         options = {"sep": "\t" if path.suffix == ".tsv" else ",", "dtype": str, "keep_default_na": False}
         try:
             with warnings.catch_warnings():
@@ -98,7 +99,10 @@ class TablePairs:
         return Pair((self.folder / self.images[number]).read_bytes(), self.captions[number])
 
 
-def open_pairs(data: DataConfig) -> ShardPairs | TablePairs:
+Pairs = ShardPairs | TablePairs
+
+
+def open_pairs(data: DataConfig) -> Pairs:
     """The pairs behind data.shards.
 
     Raises FileNotFoundError or ValueError for a pattern that matches nothing, an unreadable file, or a first pair
@@ -116,6 +120,11 @@ def open_pairs(data: DataConfig) -> ShardPairs | TablePairs:
     except ValueError as error:
         raise ValueError(f"{pairs.name(0)}: {error}") from error
     return pairs
+
+
+def fingerprint(pairs: Pairs) -> list[tuple[str, int]]:
+    """Names and sizes of the files that pairs come from: alike wherever the files are moved to."""
+    return [(path.name, path.stat().st_size) for path in pairs.paths]
 
 
 def expand_patterns(patterns: str | Sequence[str]) -> list[Path]:
@@ -143,7 +152,7 @@ class PairDataset(Dataset):
 
     def __init__(
         self,
-        pairs: ShardPairs | TablePairs,
+        pairs: Pairs,
         transform: Transform,
         tokenizer: Tokenizer,
         templates: Sequence[str] = ("{}",),
@@ -155,24 +164,32 @@ class PairDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         epoch, number = item
-        state = int(np.random.SeedSequence([self.seed, epoch, number]).generate_state(1)[0])
         for skipped in range(_MAX_REPLACEMENTS):
             place = (number + skipped) % len(self.pairs)
             try:
-                return self._sample(place, state) | {"skipped": skipped}
+                return self._sample(*self._read(place), epoch, number) | {"skipped": skipped}
             except Exception as error:  # every kind of broken file, and PIL raises many
                 log.warning("skipped %s: %s", self.pairs.name(place), error)
         raise ValueError(f"{_MAX_REPLACEMENTS} unreadable pairs in a row, from {self.pairs.name(number)} on")
 
-    def _sample(self, number: int, state: int) -> dict[str, torch.Tensor]:
+    def views(self, number: int, epochs: Iterable[int]) -> list[dict[str, torch.Tensor]]:
+        """One pair's samples in several epochs, read and decoded once. Raises what reading and decoding raise."""
+        image, caption = self._read(number)
+        return [self._sample(image, caption, epoch, number) for epoch in epochs]
+
+    def _read(self, number: int) -> tuple[Image.Image, str]:
         pair = self.pairs[number]
         caption = pair.caption.strip()
         if not caption:
             raise ValueError("the caption is empty")
+        return open_image(pair.image), caption
+
+    def _sample(self, image: Image.Image, caption: str, epoch: int, number: int) -> dict[str, torch.Tensor]:
+        state = int(np.random.SeedSequence([self.seed, epoch, number]).generate_state(1)[0])
         with _seeded(state):
-            image = self.transform(open_image(pair.image))
+            pixels = self.transform(image)
         template = random.Random(state).choice(self.templates)
-        sample = {"image": image, "tokens": self.tokenizer([fill(template, caption)])[0]}
+        sample = {"image": pixels, "tokens": self.tokenizer([fill(template, caption)])[0]}
         if self.negated:
             sample["no_tokens"] = self.tokenizer([fill(negate(template), caption)])[0]
         return sample
@@ -203,39 +220,51 @@ class EpochBatches(Sampler):
                 yield [(epoch, int(number)) for number in order[begin : begin + share]]
 
 
-def training_loader(
-    config: Config, pairs: ShardPairs | TablePairs, preprocess: dict, tokenizer: Tokenizer, start: int = 0
-) -> tuple[DataLoader, int]:
-    """This rank's batches from step `start` to the end of training, and the number of steps in an epoch.
+def epoch_batches(config: Config, available: int, start: int = 0) -> EpochBatches:
+    """The order of training on `available` pairs, from step `start` on.
 
     Raises ValueError when data.num_pairs or train.batch_size do not fit the pairs there are, or the ranks.
     """
     data, train = config.data, config.train
     if train.batch_size % world_size():
         raise ValueError(f"train.batch_size={train.batch_size} cannot be shared equally by {world_size()} ranks")
-    if data.num_pairs and data.num_pairs > len(pairs):
-        raise ValueError(f"data.num_pairs={data.num_pairs}: there are only {len(pairs)} pairs in {data.shards!r}")
-    num_pairs = data.num_pairs or len(pairs)
+    if data.num_pairs and data.num_pairs > available:
+        raise ValueError(f"data.num_pairs={data.num_pairs}: there are only {available} pairs in {data.shards!r}")
+    num_pairs = data.num_pairs or available
     if num_pairs < train.batch_size:
         raise ValueError(f"train.batch_size={train.batch_size}: an epoch has only {num_pairs} pairs")
+    return EpochBatches(num_pairs, available, train.batch_size, train.epochs, config.run.seed, start)
+
+
+def pair_dataset(config: Config, pairs: Pairs, preprocess: dict, tokenizer: Tokenizer, seed: int) -> PairDataset:
+    """The pairs as `data` says they are cropped and worded, with every draw from `seed`."""
+    data = config.data
     augmentation = Augmentation(tuple(data.crop_scale), data.flip, data.color_jitter, data.erase)
-    dataset = PairDataset(
-        pairs,
-        train_transform(preprocess, augmentation),
-        tokenizer,
-        data.caption_templates,
-        negated=train.objective == "clipn" and config.model.num_prompts == 0,
-        seed=config.run.seed,
+    negated = config.train.objective == "clipn" and config.model.num_prompts == 0
+    return PairDataset(
+        pairs, train_transform(preprocess, augmentation), tokenizer, data.caption_templates, negated, seed
     )
-    batches = EpochBatches(num_pairs, len(pairs), train.batch_size, train.epochs, config.run.seed, start)
-    pinned = torch.cuda.is_available() and config.run.device != "cpu"
+
+
+def training_loader(
+    config: Config, pairs: Pairs, preprocess: dict, tokenizer: Tokenizer, start: int = 0
+) -> tuple[DataLoader, int]:
+    """This rank's batches from step `start` to the end of training, and the number of steps in an epoch.
+
+    Raises ValueError as `epoch_batches` does.
+    """
+    order = epoch_batches(config, len(pairs), start)
     loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=data.workers, pin_memory=pinned, worker_init_fn=_leave_signals
+        pair_dataset(config, pairs, preprocess, tokenizer, config.run.seed),
+        batch_sampler=order,
+        num_workers=config.data.workers,
+        pin_memory=torch.cuda.is_available() and config.run.device != "cpu",
+        worker_init_fn=leave_signals,
     )
-    return loader, batches.steps_per_epoch
+    return loader, order.steps_per_epoch
 
 
-def _leave_signals(worker: int) -> None:
+def leave_signals(worker: int) -> None:
     """A stop is the main process's to handle: it ends the workers after the step under way."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -36,7 +36,7 @@ def write_report(
     figures.mkdir(parents=True, exist_ok=True)
     results.to_csv(folder / "results.csv", index=False)
     decisions.to_csv(folder / "decisions.csv", index=False)
-    pages = [_title(results), main_table(results), _DECISIONS_TITLE, decision_table(decisions)]
+    pages = [_title(results), main_table(results), _DECISIONS_TITLE, decision_table(decisions), _left_out(image_sets)]
     (folder / "results.md").write_text("\n".join(pages), encoding="utf-8")
     draw_histograms(scores, image_sets[0].name, figures / "histograms.png")
     draw_samples(image_sets, figures / "samples.png")
@@ -71,6 +71,15 @@ def decision_table(decisions: pd.DataFrame) -> str:
 def summary(results: pd.DataFrame) -> str:
     """What a terminal shows: the sentence and the table of results.md."""
     return f"{_title(results)}\n{main_table(results)}"
+
+
+def _left_out(image_sets: Sequence[ImageSet]) -> str:
+    """A paragraph that names the unreadable images, or nothing."""
+    lost = [(images, path) for images in image_sets for path in images.left_out]
+    if not lost:
+        return ""
+    counts = ", ".join(f"{len(i.left_out)} of {len(i) + len(i.left_out)} in {i.name}" for i in image_sets if i.left_out)
+    return "\n".join([f"\nUnreadable images were left out: {counts}.\n", *(f"- {path}" for _, path in lost), ""])
 
 
 def draw_histograms(scores: dict[str, dict[str, np.ndarray]], id_name: str, path: Path) -> None:

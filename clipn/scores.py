@@ -39,7 +39,7 @@ def mcm(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.
 def ctw(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0) -> Tensor:
     """Competing to win: p_yes of the most likely class (CLIPN, ICCV 2023, section 3.4)."""
     top = logits_yes.argmax(dim=1, keepdim=True)
-    return p_yes(logits_yes, logits_no).gather(1, top).squeeze(1)
+    return p_yes(logits_yes.gather(1, top), logits_no.gather(1, top)).squeeze(1)
 
 
 def atd(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0) -> Tensor:

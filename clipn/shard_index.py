@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .distributed import barrier, is_main
+from .files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -124,12 +125,9 @@ def scan_shard(path: Path) -> np.ndarray:
 
 
 def _remember(file: Path, table: np.ndarray) -> None:
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as stream:
+        with whole_file(file) as stream:
             np.save(stream, table)
-        os.replace(partial, file)
     except OSError as error:  # a read-only home only costs the next run this scan
         log.warning("the index of a shard could not be remembered: %s", error)
 

@@ -71,11 +71,25 @@ def ignores_padding(tower: nn.Module) -> bool:
 
 
 def is_packable(tower: nn.Module) -> bool:
-    """Whether captions can be laid end to end: no padding is seen, and every block is open_clip's standard one."""
-    return ignores_padding(tower) and all(
+    """Whether captions can be laid end to end: no padding is seen, and every block is a standard one."""
+    return ignores_padding(tower) and is_standard(tower)
+
+
+def is_standard(tower: TextTransformer) -> bool:
+    """Whether every block is open_clip's usual one."""
+    return all(
         type(block) is ResidualAttentionBlock and type(block.attn) is nn.MultiheadAttention and not block.attn.dropout
         for block in tower.transformer.resblocks
     )
+
+
+def compile_text(tower: nn.Module) -> None:
+    """torch.compile a text tower: whole, or where captions of any lengths are packed, what is alike for all of them."""
+    if not is_packable(tower):
+        tower.compile()
+        return
+    for block in tower.transformer.resblocks:
+        block.mlp.compile(dynamic=True)
 
 
 def caption_lengths(tower: TextTransformer, tokens: Tensor) -> Tensor:

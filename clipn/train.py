@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .checkpoint import read_checkpoint, write_checkpoint
 from .config import Config, TrainConfig, save_config, to_dict
 from .distributed import barrier, choose_device, is_main, mean_over_ranks, world_size
+from .features import feature_loader, pair_features
 from .model import get_tokenizer
 from .objectives import OBJECTIVES, Batch, Objective
 from .pairs import open_pairs, training_loader
@@ -35,6 +36,11 @@ _FREE_KEYS = {
     "run.seeds",
     "data.workers",
     "data.index_dir",
+    "features.dir",
+    "features.batch_size",
+    "train.micro_batch_size",
+    "train.grad_checkpointing",
+    "train.compile",
     "train.resume",
     "train.checkpoint_every_steps",
     "train.log_every_steps",
@@ -57,18 +63,23 @@ def train(config: Config) -> Path:
     FloatingPointError when the loss is not finite; Interrupted after SIGINT or SIGTERM.
     """
     device = choose_device(config.run.device)
-    pairs = open_pairs(config.data)
+    from_features = config.data.source == "features"
+    pairs = open_pairs(config.data) if config.data.shards or not from_features else None
     resumed = _find_resume(config)
     torch.manual_seed(config.run.seed)
     objective: Objective = OBJECTIVES[config.train.objective](config, device)
     optimizer = build_optimizer(objective.trained, config.train)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
-    step = 0
     if resumed:
         objective.load(resumed["state_dict"], "train.resume")
-        step = _restore(resumed["training"], optimizer, scaler, len(pairs))
-    tokenizer = get_tokenizer(objective.architecture if config.model.name.endswith(".json") else config.model.name)
-    loader, steps_per_epoch = training_loader(config, pairs, objective.preprocess, tokenizer, step)
+    tokenizer = get_tokenizer(objective.architecture)
+    features = pair_features(config, objective.model, tokenizer, pairs) if from_features else None
+    available = len(features if from_features else pairs)
+    step = _restore(resumed["training"], optimizer, scaler, available) if resumed else 0
+    if from_features:
+        loader, steps_per_epoch = feature_loader(config, features, step)
+    else:
+        loader, steps_per_epoch = training_loader(config, pairs, objective.preprocess, tokenizer, step)
     if is_main():
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
         save_config(config, Path(config.run.dir) / "config.yaml")
@@ -80,12 +91,12 @@ def train(config: Config) -> Path:
         config.model.name,
         learning / 1e6,
         f"{world_size()} x {device}",
-        config.data.num_pairs or len(pairs),
+        config.data.num_pairs or available,
         config.train.epochs,
         steps_per_epoch,
         step,
     )
-    run = _Run(config, objective, optimizer, scaler, device, steps_per_epoch, len(pairs), step)
+    run = Run(config, objective, optimizer, scaler, device, steps_per_epoch, available, step)
     with _stop_signals() as stop:
         run.steps(loader, stop)
     log.info("trained: %s", last_checkpoint(config.run.dir))
@@ -110,7 +121,7 @@ def learning_rate(step: int, total: int, train: TrainConfig) -> float:
     return train.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class _Run:
+class Run:
     """One run under way: what changes with each step, and where it is written."""
 
     def __init__(
@@ -161,28 +172,43 @@ class _Run:
     def take_step(self, batch: Batch, stop: list[int]) -> tuple[float, dict[str, torch.Tensor], float]:
         """One optimizer step on this rank's share of a global batch; `stop` becomes the same on every rank."""
         self.skipped += int(batch.pop("skipped").sum())
-        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total, self.config.train)
         torch.manual_seed(self.config.run.seed * 1_000_003 + self.step)  # dropout, if a tower has any
-        loss, terms = self.objective.loss(self.trained, batch, self.step)
-        signs = mean_over_ranks(torch.tensor([loss.detach(), float(stop[0] if stop else 0)], device=self.device))
-        if not math.isfinite(signs[0]):
-            self._stop_on_bad_number("the loss", float(signs[0]))
-        if float(signs[1]) and not stop:
-            stop.append(signal.SIGTERM)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        loss, terms = self.backward(self.objective.prepare(batch, self.step))
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not self.scaler.is_enabled() and not math.isfinite(grad_norm):  # a scaler skips such steps by itself
-            self._stop_on_bad_number("the gradient", float(grad_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        # Read only now, when the device has all its work: to read is to wait for it.
+        stopped = float(stop[0] if stop else 0)
+        loss, grad_norm, stopped = mean_over_ranks(torch.stack([loss, grad_norm, loss.new_tensor(stopped)])).tolist()
+        if not math.isfinite(loss):
+            self._stop_on_bad_number("the loss", loss)
+        if not self.scaler.is_enabled() and not math.isfinite(grad_norm):  # a scaler skips such steps by itself
+            self._stop_on_bad_number("the gradient", grad_norm)
+        if stopped and not stop:
+            stop.append(signal.SIGTERM)
         self.extra = self.objective.after_step()
         self.step += 1
-        return float(signs[0]), terms, float(grad_norm)
+        return loss, terms, grad_norm
+
+    def backward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The gradient of the loss over the whole batch, a micro-batch at a time; returns the loss and its terms."""
+        share = len(batch["tokens"])
+        size = self.config.train.micro_batch_size or share
+        loss, terms = 0.0, {}
+        for first in range(0, share, size):
+            rows = slice(first, min(first + size, share))
+            last = rows.stop == share
+            with nullcontext() if last or world_size() == 1 else self.trained.no_sync():
+                part, parts = self.objective.loss(self.trained, batch, rows)
+                self.scaler.scale(part).backward()
+            loss = loss + part.detach()
+            terms = {name: terms.get(name, 0.0) + value.detach() for name, value in parts.items()}
+        return loss, terms
 
     def write_metrics(self, loss: float, terms: dict[str, torch.Tensor], grad_norm: float) -> None:
         """Append a line to metrics.jsonl."""
@@ -256,7 +282,11 @@ def _find_resume(config: Config) -> dict[str, Any] | None:
     if "training" not in content or "config" not in content:
         raise ValueError(f"{path}: holds weights but no state of a training run to resume; use it as model.pretrained")
     before, now = _flatten(content["config"]), _flatten(to_dict(config))
-    kept = [key for key in now if key.startswith(("run.", "model.", "data.", "train.")) and key not in _FREE_KEYS]
+    kept = [
+        key
+        for key in now
+        if key.startswith(("run.", "model.", "data.", "features.", "train.")) and key not in _FREE_KEYS
+    ]
     changes = [f"{key}: {before.get(key)!r} -> {now[key]!r}" for key in kept if before.get(key) != now[key]]
     if changes:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,17 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "lay
 def architecture(vision: dict | None = None, text: dict | None = None, **more) -> dict:
     """A model config small enough for tests."""
     return {"embed_dim": 32, "vision_cfg": {**VISION, **(vision or {})}, "text_cfg": {**TEXT, **(text or {})}, **more}
+
+
+@pytest.fixture(autouse=True)
+def plain_log():
+    """Take off what a command hangs on the package's log: a file, and a stream that pytest closes."""
+    yield
+    log = logging.getLogger("clipn")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = True
 
 
 @pytest.fixture

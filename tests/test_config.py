@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clipn.config import Config, base_config, load_config, save_config, to_dict
 
-SECTIONS = "run, world, model, data, train, eval, base"
+SECTIONS = "run, world, model, data, features, train, eval, base"
 
 
 @pytest.fixture

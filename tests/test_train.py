@@ -107,15 +107,15 @@ def test_a_stopped_run_resumes_to_the_same_bits(config_file, tmp_path, monkeypat
 def test_a_killed_run_loses_only_the_steps_after_its_checkpoint(config_file, tmp_path, monkeypatch):
     straight = train(load_config(config_file, [f"run.dir={tmp_path}/straight"]))
     config = load_config(config_file)
-    loss, taken = clipn.objectives.ClipnObjective.loss, []
+    prepare, taken = clipn.objectives.ClipnObjective.prepare, []
 
-    def killed(self, trained, batch, step):
+    def killed(self, batch, step):
         taken.append(step)
         if len(taken) == 6:
             raise MemoryError
-        return loss(self, trained, batch, step)
+        return prepare(self, batch, step)
 
-    monkeypatch.setattr(clipn.objectives.ClipnObjective, "loss", killed)
+    monkeypatch.setattr(clipn.objectives.ClipnObjective, "prepare", killed)
     with pytest.raises(MemoryError):
         train(config)
     assert_same(weights(train(config)), weights(straight))
@@ -125,7 +125,7 @@ def test_a_killed_run_loses_only_the_steps_after_its_checkpoint(config_file, tmp
 def test_a_finished_run_trains_no_more(config_file, monkeypatch):
     config = load_config(config_file)
     train(config)
-    monkeypatch.setattr(clipn.objectives.ClipnObjective, "loss", None)
+    monkeypatch.setattr(clipn.objectives.ClipnObjective, "prepare", None)
     assert train(config) == last_checkpoint(config.run.dir)
 
 
@@ -148,16 +148,19 @@ def test_another_run_in_the_folder_is_not_mixed_or_overwritten(config_file):
 def test_a_loss_that_is_not_finite_stops_the_run(config_file, monkeypatch):
     loss, taken = clipn.objectives.ClipnObjective.loss, []
 
-    def broken(self, trained, batch, step):
-        taken.append(step)
-        total, terms = loss(self, trained, batch, step)
-        return total * (float("nan") if step == 3 else 1), terms
+    def broken(self, trained, batch, rows):
+        taken.append(rows)
+        total, terms = loss(self, trained, batch, rows)
+        return total * (float("nan") if len(taken) == 4 else 1), terms
 
     monkeypatch.setattr(clipn.objectives.ClipnObjective, "loss", broken)
     config = load_config(config_file)
     with pytest.raises(FloatingPointError, match=r"nan at step 4 of 6; the last good checkpoint is .*last\.pt"):
         train(config)
-    assert read_checkpoint(last_checkpoint(config.run.dir))["training"]["step"] == 3
+    assert len(taken) == 4
+    content = read_checkpoint(last_checkpoint(config.run.dir))
+    assert content["training"]["step"] == 3
+    assert all(value.isfinite().all() for value in content["state_dict"].values())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -1,0 +1,294 @@
+"""Time CLIPN's training step and inference: python scripts/benchmark.py [--model ViT-B-16] [--batch-size 32] ...
+
+Modes: plain     every tower over all 77 positions, and a loss of two logits, in every step: the method as it stands
+       online    the step of data.source=pairs, without reading the pairs
+       features  the step of data.source=features
+       extract   encoding pairs for data.source=features, from memory
+       evaluate  encoding images for zero_shot_infer.py, from memory
+       rescore   every score of 90 000 image features and 1 000 classes
+
+Models have random weights, images and captions are random; a caption's length is drawn as CC3M's are spread (mean 12
+tokens with the two end tokens). After a warm-up the modes take turns; shown are medians, and ratios to plain.
+Utilisation is the model's arithmetic, as torch counts it, against a large matrix product on the same device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clipn.config import PRECISIONS, Config, ModelConfig, RunConfig, TrainConfig
+from clipn.distributed import choose_device
+from clipn.evaluate import score_features
+from clipn.features import DTYPES, autocast, pair_encoder
+from clipn.head import Head
+from clipn.image_sets import ImageSet
+from clipn.model import context_length
+from clipn.objectives import ClipnObjective
+from clipn.scores import SCORES
+from clipn.train import Run, build_optimizer
+
+STEPS = ("plain", "online", "features")
+MODES = (*STEPS, "extract", "evaluate", "rescore")
+CC3M_PAIRS, RESCORED_IMAGES, RESCORED_CLASSES = 2_891_445, 90_000, 1000
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command; see the module's text. Returns what --json writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--model", default="ViT-B-16", help="an open_clip name, or a JSON model config")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[32])
+    parser.add_argument("--caption-length", type=int, help="tokens of every caption, instead of CC3M's spread")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: bf16 on a GPU, fp32 elsewhere")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each mode")
+    parser.add_argument("--compile", action="store_true", help="train.compile=true, for online and features")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="train.grad_checkpointing=true")
+    parser.add_argument("--micro-batch-size", type=int, help="train.micro_batch_size")
+    parser.add_argument("--json", type=Path, help="write the results to this file too")
+    arguments = parser.parse_args(argv)
+    device = choose_device(arguments.device)
+    precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
+    peak = matmul_flops(device, precision)
+    print(
+        f"{arguments.model} on {device_name(device)}, {precision}: a matrix product runs at {peak / 1e12:.2f} TFLOP/s"
+    )
+    results = []
+    for batch_size in arguments.batch_size:
+        results += measure(arguments, device, precision, batch_size, peak)
+    if "rescore" in arguments.mode:
+        results.append(rescore(device, arguments.rounds))
+        print_row(results[-1])
+    report = {
+        "model": arguments.model,
+        "device": device_name(device),
+        "precision": precision,
+        "torch": torch.__version__,
+    }
+    report |= {"matmul_flops_per_s": peak, "results": results}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2))
+        print(f"done: {arguments.json}")
+    return report
+
+
+def measure(
+    arguments: argparse.Namespace, device: torch.device, precision: str, batch_size: int, peak: float
+) -> list[dict[str, Any]]:
+    """Every mode but rescore at one batch size."""
+    work = build_work(arguments, device, precision, batch_size)
+    work = {mode: step for mode, step in work.items() if mode in arguments.mode}
+    flops = {mode: count_flops(step) for mode, step in work.items()}  # a first warm-up
+    times: dict[str, list[float]] = {mode: [] for mode in work}
+    memory: dict[str, dict[str, int]] = {}
+    for turn in range(arguments.rounds + 1):
+        for mode, step in work.items():
+            seconds, memory[mode] = timed(step, device)
+            if turn:  # the first turn is a second warm-up
+                times[mode].append(seconds)
+    results = []
+    for mode, seconds in times.items():
+        median = statistics.median(seconds)
+        results.append(
+            {
+                "mode": mode,
+                "batch_size": batch_size,
+                "pairs_per_s": batch_size / median,
+                "ms_per_step": 1000 * median,
+                **memory[mode],
+                "model_flops_per_step": flops[mode],
+                "utilisation": flops[mode] / median / peak,
+            }
+        )
+        if mode in STEPS and "plain" in times:
+            results[-1]["speed_up_over_plain"] = statistics.median(times["plain"]) / median
+        if mode == "features":
+            results[-1]["minutes_for_10_epochs_of_cc3m"] = 10 * CC3M_PAIRS / results[-1]["pairs_per_s"] / 60
+        print_row(results[-1])
+    return results
+
+
+def build_work(
+    arguments: argparse.Namespace, device: torch.device, precision: str, batch_size: int
+) -> dict[str, Callable[[], None]]:
+    """What each mode does in a step, on one random batch."""
+    train = TrainConfig(
+        batch_size=batch_size,
+        precision=precision,
+        compile=arguments.compile,
+        grad_checkpointing=arguments.grad_checkpointing,
+        micro_batch_size=arguments.micro_batch_size,
+    )
+    config = Config(run=RunConfig(device=arguments.device), model=ModelConfig(name=arguments.model), train=train)
+    torch.manual_seed(0)
+    objective = ClipnObjective(config, device)
+    optimizer = build_optimizer(objective.trained, train)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    run = Run(config, objective, optimizer, scaler, device, steps_per_epoch=10**6, pairs=batch_size, step=0)
+    size, dim = objective.preprocess["size"], objective.architecture["embed_dim"]
+    height, width = (size, size) if isinstance(size, int) else size
+    images = torch.randn(batch_size, 3, height, width, device=device)
+    tokens = random_captions(batch_size, context_length(objective.architecture), arguments.caption_length)
+    skipped = {"skipped": torch.zeros(1)}
+    stored = {name: F.normalize(torch.randn(batch_size, dim, device=device), dim=-1).half() for name in ("f", "g")}
+    features = {"image_features": stored["f"], "yes_features": stored["g"]}
+    encode = pair_encoder(objective.model, precision, torch.float16)
+
+    @torch.inference_mode()
+    def evaluate() -> None:
+        with autocast(device, precision):
+            objective.model.encode_image(images)
+
+    @torch.inference_mode()
+    def extract() -> None:
+        encode({"image": images[:, None], "tokens": tokens[:, None]})
+
+    return {
+        "plain": lambda: plain_step(objective, optimizer, precision, images, tokens.to(device)),
+        "online": lambda: run.take_step({"image": images, "tokens": tokens, **skipped}, []),
+        "features": lambda: run.take_step({**features, "tokens": tokens, **skipped}, []),
+        "extract": extract,
+        "evaluate": evaluate,
+    }
+
+
+def plain_step(
+    objective: ClipnObjective, optimizer: torch.optim.Optimizer, precision: str, images: Tensor, tokens: Tensor
+) -> None:
+    """The method as it stands: nothing is kept, cut or reduced."""
+    model, no_text = objective.model, objective.model.no_text
+    with autocast(images.device, precision):
+        with torch.no_grad():
+            image = F.normalize(model.base.encode_image(images).float(), dim=-1)
+            yes = F.normalize(model.base.text(tokens).float(), dim=-1)
+        mean = no_text.prompts.mean(dim=0, keepdim=True)
+        choice = torch.randint(len(no_text.prompts) + 1, (len(tokens),), device=images.device)
+        added = torch.cat([no_text.prompts, mean])[choice]
+        hook = no_text.tower.token_embedding.register_forward_hook(lambda module, inputs, embedded: embedded + added)
+        no = F.normalize(no_text.tower(tokens).float(), dim=-1)
+        hook.remove()
+    scale = model.logit_scale.exp()
+    logits = torch.stack([scale * image @ yes.T, scale * image @ no.T], dim=-1)  # [N, N, 2]
+    log_probabilities = logits.log_softmax(dim=-1)
+    matched = torch.eye(len(images), dtype=torch.bool, device=images.device)
+    itbo = -log_probabilities[..., 0][matched].mean() - log_probabilities[..., 1][~matched].mean()
+    tso = (2 - (2 - 2 * (yes * no).sum(dim=-1) + 1e-4).sqrt()).mean()
+    optimizer.zero_grad(set_to_none=True)
+    (0.5 * (itbo + tso)).backward()
+    optimizer.step()
+
+
+def random_captions(count: int, context: int, length: int | None) -> Tensor:
+    """[count, context] token ids: a start token, random ones, the end token, padding."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (2 + torch.empty(count).log_normal_(2.2, 0.45, generator=generator).round().long()).clamp(3, context)
+    if length:
+        lengths = torch.full((count,), min(length, context))
+    tokens = torch.randint(1, 49405, (count, context), generator=generator)
+    tokens[:, 0] = 49406
+    tokens[torch.arange(count), lengths - 1] = 49407
+    return tokens.masked_fill(torch.arange(context) >= lengths[:, None], 0)
+
+
+def rescore(device: torch.device, rounds: int) -> dict[str, Any]:
+    """Seconds for every score and decision of cached features."""
+    generator = torch.Generator().manual_seed(0)
+    features, yes, no = (
+        F.normalize(torch.randn(count, 512, generator=generator), dim=-1)
+        for count in (RESCORED_IMAGES, RESCORED_CLASSES, RESCORED_CLASSES)
+    )
+    head = Head(yes, no).to(device)
+    images = ImageSet("random", Path(), [], [], [])
+    found = [timed(lambda: score_features(head, images, features, list(SCORES)), device) for _ in range(rounds + 1)][1:]
+    return {
+        "mode": "rescore",
+        "batch_size": RESCORED_IMAGES,
+        "classes": RESCORED_CLASSES,
+        "scores": list(SCORES),
+        "seconds": statistics.median(seconds for seconds, _ in found),
+        **found[-1][1],
+    }
+
+
+def timed(step: Callable[[], Any], device: torch.device) -> tuple[float, dict[str, int]]:
+    """Seconds of a step, and memory at its peak and before it: of the GPU's tensors, or on Linux of the process."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        seconds = timed_alone(step, device)
+        return seconds, {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "memory_before_bytes": before}
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    except OSError:
+        return timed_alone(step), {}
+    before = _process_memory("VmRSS")
+    seconds = timed_alone(step)
+    return seconds, {"peak_memory_bytes": _process_memory("VmHWM"), "memory_before_bytes": before}
+
+
+def _process_memory(name: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+
+def timed_alone(step: Callable[[], Any], device: torch.device | None = None) -> float:
+    start = time.perf_counter()
+    step()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def count_flops(step: Callable[[], Any]) -> int:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    return counter.get_total_flops()
+
+
+def matmul_flops(device: torch.device, precision: str) -> float:
+    """The FLOP/s of a large square matrix product: what this device can do at best."""
+    size = 8192 if device.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=device, dtype=DTYPES.get(precision)) for _ in range(2))
+    seconds = [timed_alone(lambda: left @ right, device) for _ in range(6)][1:]
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+
+
+def print_row(result: dict[str, Any]) -> None:
+    memory = ""
+    if "peak_memory_bytes" in result:
+        peak, before = (result[f"{name}_bytes"] / 2**30 for name in ("peak_memory", "memory_before"))
+        memory = f"peak {peak:.2f} GiB ({before:.2f} before)"
+    if result["mode"] == "rescore":
+        sizes = f"{result['batch_size']} images x {result['classes']} classes, {len(result['scores'])} scores"
+        print(f"rescore   {sizes}: {result['seconds']:.2f} s, {memory}")
+        return
+    words = [f"{result['mode']:9} batch {result['batch_size']}: {result['pairs_per_s']:9.1f} pairs/s"]
+    words += [f"{result['ms_per_step']:9.1f} ms", memory, f"utilisation {100 * result['utilisation']:.0f} %"]
+    if "speed_up_over_plain" in result:
+        words.append(f"{result['speed_up_over_plain']:.1f} x plain")
+    if "minutes_for_10_epochs_of_cc3m" in result:
+        words.append(f"10 epochs of CC3M: {result['minutes_for_10_epochs_of_cc3m']:.0f} min")
+    print(", ".join(word for word in words if word))
+
+
+if __name__ == "__main__":
+    main()
