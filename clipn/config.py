@@ -88,6 +88,7 @@ class DataConfig:
     shards: Any = ""  # "data/cc3m/{00000..00331}.tar", a glob, a list of those, or a .csv / .tsv file
     num_pairs: int | None = None  # pairs in an epoch; null: all there are
     workers: int = 4  # decoding processes of each rank
+    max_bad_fraction: float = 0.05  # of broken or empty pairs, before a run stops
     caption_key: str | None = None  # read the caption from this key of the .json member, not from the .txt
     image_column: str = "filepath"  # CSV / TSV
     caption_column: str = "title"  # CSV / TSV
@@ -104,6 +105,7 @@ class DataConfig:
         _require(self.source in SOURCES, "data.source", self.source, f"one of {SOURCES}")
         _require(self.num_pairs is None or self.num_pairs >= 2, "data.num_pairs", self.num_pairs, "2 or more, or null")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        _require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "0 to 1")
         scale = self.crop_scale
         ok = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
         _require(ok, "data.crop_scale", scale, "two numbers with 0 < low <= high <= 1")

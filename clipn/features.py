@@ -311,6 +311,7 @@ def image_set_features(
 def _image_store(config: Config, model: CLIPN, images: ImageSet, weights: str) -> FeatureStore:
     manifest = {
         "of": images.name,
+        "model": model.architecture,  # the same weights mean another thing with another activation
         "weights": weights,
         "preprocess": model.preprocess,
         "precision": config.eval.precision,
@@ -380,18 +381,19 @@ def _describe_pairs(config: Config, model: CLIPN, pairs: Pairs | None) -> dict[s
     data, settings = config.data, config.features
     manifest = {
         "of": "image-caption pairs",
-        "model": config.model.name,
+        "model": model.architecture,
         "weights": weights_hash(model.base.visual, model.base.text),
         "preprocess": model.preprocess,
         "context_length": context_length(model.architecture),
-        "negated": model.num_prompts == 0,
+        "negated": config.model.num_prompts == 0,
         "precision": settings.precision or config.train.precision,
         "dtype": settings.dtype,
         "views": settings.views,
         "seed": settings.seed,
         "part_size": settings.part_size,
     }
-    for key in ("crop_scale", "flip", "color_jitter", "erase", "caption_templates", "caption_key"):
+    keys = ("crop_scale", "flip", "color_jitter", "erase", "caption_templates")
+    for key in (*keys, "caption_key", "image_column", "caption_column"):
         manifest[key] = getattr(data, key)
     if pairs is not None:
         manifest |= {"shards": len(pairs.paths), "pairs": _hash(fingerprint(pairs)), "samples": len(pairs)}

@@ -5,12 +5,9 @@ Every draw (order, crop, template) depends only on (seed, epoch, pair), never on
 
 from __future__ import annotations
 
-import glob
-import itertools
 import json
 import logging
 import random
-import re
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,12 +25,34 @@ from .config import Config, DataConfig
 from .distributed import rank, world_size
 from .images import Augmentation, Transform, open_image, train_transform
 from .prompts import fill, negate
-from .shard_index import index_shards, read_at
+from .shard_index import index_shards
+from .storage import Location, expand_patterns, is_url, name_of, patiently, read_range, version_of
 
 log = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
+
+CAUSES = (
+    "unreadable file",
+    "no caption",
+    "caption not in UTF-8",
+    "empty caption",
+    "caption too long",
+    "empty image file",
+    "huge image",
+    "broken image",
+)
 _MAX_REPLACEMENTS = 20  # unreadable pairs in a row before the data as a whole is called broken
+_LONGEST_CAPTION = 10_000  # characters; no tokenizer reads a tenth of that
+
+
+class BadPair(Exception):
+    """A pair that cannot be trained on; `cause` is one of CAUSES."""
+
+    def __init__(self, cause: str, detail: object = "") -> None:
+        super().__init__(f"{cause}: {detail}" if str(detail) else cause)
+        assert cause in CAUSES
+        self.cause = cause
 
 
 class Pair(NamedTuple):
@@ -46,9 +65,10 @@ class Pair(NamedTuple):
 class ShardPairs:
     """Pairs in webdataset shards (.jpg/.png/.webp + .txt, or .json with a caption), read by random access."""
 
-    def __init__(self, paths: Sequence[Path], caption_key: str | None = None, index_dir: str | None = None) -> None:
+    def __init__(self, paths: Sequence[Location], caption_key: str | None = None, index_dir: str | None = None) -> None:
         self.paths, self.caption_key = list(paths), caption_key
         self.index = index_shards(self.paths, "json" if caption_key else "txt", index_dir)
+        self.faults = self.index.faults
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,12 +79,19 @@ class ShardPairs:
 
     def __getitem__(self, number: int) -> Pair:
         index, path = self.index, self.paths[self.index.shard[number]]
-        image = read_at(path, index.image_start[number], index.image_size[number])
-        text = read_at(path, index.text_start[number], index.text_size[number]).decode("utf-8")
+        try:
+            image = read_range(path, index.image_start[number], index.image_size[number])
+            encoded = read_range(path, index.text_start[number], index.text_size[number])
+        except OSError as error:
+            raise BadPair("unreadable file", error) from error
+        try:
+            text = encoded.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadPair("caption not in UTF-8", error) from error
         if index.text_is_json[number]:
             text = _json_caption(text, self.caption_key or "caption")
         elif self.caption_key:
-            raise ValueError(f"data.caption_key={self.caption_key!r}: there is no .json beside the image")
+            raise BadPair("no caption", f"data.caption_key={self.caption_key!r}: there is no .json beside the image")
         return Pair(image, text)
 
 
@@ -86,6 +113,7 @@ class TablePairs:
                 raise ValueError(f"{path}: no column {column!r} (data.{key}); its columns are: {found}")
         if table.empty:
             raise ValueError(f"{path}: holds no rows")
+        self.faults: dict[str, int] = {}
         self.images, self.captions = table[image_column].tolist(), table[caption_column].tolist()
 
     def __len__(self) -> int:
@@ -96,7 +124,11 @@ class TablePairs:
         return f"{self.path}, row {number + 1}: {self.images[number]}"
 
     def __getitem__(self, number: int) -> Pair:
-        return Pair((self.folder / self.images[number]).read_bytes(), self.captions[number])
+        path = self.folder / self.images[number]
+        try:
+            return Pair(patiently(path.read_bytes, path), self.captions[number])
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise BadPair("unreadable file", error) from error
 
 
 Pairs = ShardPairs | TablePairs
@@ -105,49 +137,48 @@ Pairs = ShardPairs | TablePairs
 def open_pairs(data: DataConfig) -> Pairs:
     """The pairs behind data.shards.
 
-    Raises FileNotFoundError or ValueError for a pattern that matches nothing, an unreadable file, or a first pair
-    without a caption.
+    Raises FileNotFoundError or ValueError for a pattern that matches nothing, an unreadable file, captions that are
+    not where `data` says, or shards that hold more faulty samples than data.max_bad_fraction.
     """
     paths = expand_patterns(data.shards)
-    if paths[0].suffix in (".csv", ".tsv"):
+    if name_of(paths[0]).endswith((".csv", ".tsv")):
         if len(paths) > 1:
             raise ValueError(f"data.shards: one table or many shards, not {len(paths)} files such as {paths[0]}")
+        if is_url(paths[0]):
+            raise ValueError(f"data.shards={paths[0]!r}: a table is read from this machine, not from a URL")
         return TablePairs(paths[0], data.image_column, data.caption_column)
     pairs = ShardPairs(paths, data.caption_key, data.index_dir)
     _compare_sizes(pairs)
+    lost = sum(count for fault, count in pairs.faults.items() if fault != "truncated shard")
+    check_bad_fraction(lost, len(pairs) + lost, pairs.faults, data)
     try:
         pairs[0]
-    except ValueError as error:
-        raise ValueError(f"{pairs.name(0)}: {error}") from error
+    except BadPair as error:
+        if error.cause == "no caption":  # a wrong setting, more often than a broken pair
+            raise ValueError(f"{pairs.name(0)}: {error}") from error
     return pairs
+
+
+def check_bad_fraction(bad: int, seen: int, causes: dict[str, int], data: DataConfig) -> None:
+    """Raises ValueError, with the counts, when more of the pairs seen are bad than data.max_bad_fraction allows."""
+    if bad > data.max_bad_fraction * seen:
+        counts = ", ".join(f"{count} {cause}" for cause, count in causes.items() if count)
+        raise ValueError(
+            f"data.shards={data.shards!r}: {bad} of {seen} pairs are bad ({counts}), more than "
+            f"data.max_bad_fraction={data.max_bad_fraction}; the log names them"
+        )
 
 
 def fingerprint(pairs: Pairs) -> list[tuple[str, int]]:
     """Names and sizes of the files that pairs come from: alike wherever the files are moved to."""
-    return [(path.name, path.stat().st_size) for path in pairs.paths]
-
-
-def expand_patterns(patterns: str | Sequence[str]) -> list[Path]:
-    """Files for brace patterns ({00000..00331}, {train,val}) and globs, in order.
-
-    Raises FileNotFoundError that names the first missing file or the pattern that matches nothing.
-    """
-    paths: list[Path] = []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for text in _expand_braces(pattern):
-            found = sorted(glob.glob(text)) if glob.has_magic(text) else [text] if Path(text).is_file() else []
-            if not found:
-                raise FileNotFoundError(f"data.shards={pattern!r}: no such file: {text}")
-            paths += map(Path, found)
-    if not paths:
-        raise FileNotFoundError(f"data.shards={patterns!r}: no files are named")
-    return paths
+    return [(name_of(path), version_of(path)[0]) for path in pairs.paths]
 
 
 class PairDataset(Dataset):
-    """(epoch, number) -> {"image" [3, H, W], "tokens" [L], "skipped"} and, for negated captions, "no_tokens" [L].
+    """(epoch, number) -> {"image" [3, H, W], "tokens" [L], "number", "skipped" [causes]}.
 
-    An unreadable pair is replaced by the next one and counted in "skipped".
+    For negated captions also "no_tokens" [L]. A bad pair is replaced by the next one, and counted under its cause in
+    "skipped"; "number" says which pair it is in the end.
     """
 
     def __init__(
@@ -164,16 +195,19 @@ class PairDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         epoch, number = item
-        for skipped in range(_MAX_REPLACEMENTS):
-            place = (number + skipped) % len(self.pairs)
+        skipped = torch.zeros(len(CAUSES), dtype=torch.long)
+        for place in range(number, number + _MAX_REPLACEMENTS):
+            place %= len(self.pairs)
             try:
-                return self._sample(*self._read(place), epoch, number) | {"skipped": skipped}
-            except Exception as error:  # every kind of broken file, and PIL raises many
+                sample = self._sample(*self._read(place), epoch, number)
+                return sample | {"number": place, "skipped": skipped}
+            except BadPair as error:
                 log.warning("skipped %s: %s", self.pairs.name(place), error)
+                skipped[CAUSES.index(error.cause)] += 1
         raise ValueError(f"{_MAX_REPLACEMENTS} unreadable pairs in a row, from {self.pairs.name(number)} on")
 
     def views(self, number: int, epochs: Iterable[int]) -> list[dict[str, torch.Tensor]]:
-        """One pair's samples in several epochs, read and decoded once. Raises what reading and decoding raise."""
+        """One pair's samples in several epochs, read and decoded once. Raises BadPair."""
         image, caption = self._read(number)
         return [self._sample(image, caption, epoch, number) for epoch in epochs]
 
@@ -181,8 +215,17 @@ class PairDataset(Dataset):
         pair = self.pairs[number]
         caption = pair.caption.strip()
         if not caption:
-            raise ValueError("the caption is empty")
-        return open_image(pair.image), caption
+            raise BadPair("empty caption")
+        if len(caption) > _LONGEST_CAPTION:
+            raise BadPair("caption too long", f"{len(caption)} characters")
+        if not pair.image:
+            raise BadPair("empty image file")
+        try:
+            return open_image(pair.image), caption
+        except Image.DecompressionBombError as error:
+            raise BadPair("huge image", error) from error
+        except Exception as error:  # PIL raises many kinds
+            raise BadPair("broken image", error) from error
 
     def _sample(self, image: Image.Image, caption: str, epoch: int, number: int) -> dict[str, torch.Tensor]:
         state = int(np.random.SeedSequence([self.seed, epoch, number]).generate_state(1)[0])
@@ -283,33 +326,21 @@ def _seeded(state: int) -> Iterator[None]:
 
 
 def _json_caption(text: str, key: str) -> str:
-    content = json.loads(text)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadPair("no caption", f"its .json is broken: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get(key), str):
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"its .json has no text under {key!r} (data.caption_key); its keys are: {found}")
+        raise BadPair("no caption", f"its .json has no text under {key!r} (data.caption_key); its keys are: {found}")
     return content[key]
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """{00000..00003} counts, zero-padded as written; {a,b} lists; several braces multiply."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = []
-    for number, part in enumerate(parts):
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-        if number % 2 == 0:
-            choices.append([part])
-        elif span:
-            low, high = span.groups()
-            choices.append([str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)])
-        else:
-            choices.append(part.split(","))
-    return ["".join(words) for words in itertools.product(*choices)]
 
 
 def _compare_sizes(pairs: ShardPairs) -> None:
     """Warn where a sizes.json beside the shards promises another number of pairs than there are."""
     counts = np.bincount(pairs.index.shard, minlength=len(pairs.paths))
-    for folder in sorted({path.parent for path in pairs.paths}):
+    local = {path.parent for path in pairs.paths if isinstance(path, Path)}
+    for folder in sorted(local):
         if not (folder / "sizes.json").is_file():
             continue
         try:
@@ -317,5 +348,5 @@ def _compare_sizes(pairs: ShardPairs) -> None:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{folder / 'sizes.json'}: expected a JSON object of shard: pairs: {error}") from error
         for path, count in zip(pairs.paths, counts, strict=True):
-            if path.parent == folder and sizes.get(path.name, count) != count:
+            if isinstance(path, Path) and path.parent == folder and sizes.get(path.name, count) != count:
                 log.warning("%s: holds %d pairs, sizes.json says %s", path, count, sizes[path.name])

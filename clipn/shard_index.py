@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from .distributed import barrier, is_main
 from .files import whole_file
+from .storage import Location, open_stream, patiently, version_of
 
 log = logging.getLogger(__name__)
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
-_FORMAT = 1  # of the remembered files; a new number forgets the old ones
+FAULTS = ("truncated shard", "image or caption missing", "duplicate key")  # what an index can find
+_FORMAT = 2  # of the remembered files; a new number forgets the old ones
 _COLUMNS = ("image_start", "image_size", "txt_start", "txt_size", "json_start", "json_size")
 
 
@@ -33,12 +35,20 @@ class ShardIndex(NamedTuple):
     text_start: np.ndarray
     text_size: np.ndarray
     text_is_json: np.ndarray
+    faults: dict[str, int]  # how often each of FAULTS was found, if it was
 
     def __len__(self) -> int:
         return len(self.shard)
 
 
-def index_shards(paths: Sequence[Path], prefer: str, index_dir: str | None = None) -> ShardIndex:
+class Scan(NamedTuple):
+    """What a shard's headers say."""
+
+    table: np.ndarray  # int64 [6, pairs], rows as _COLUMNS, -1 for an absent caption file
+    faults: np.ndarray  # int64 [3], as FAULTS
+
+
+def index_shards(paths: Sequence[Location], prefer: str, index_dir: str | None = None) -> ShardIndex:
     """Index every shard, from memory where the file has not changed since.
 
     prefer: "txt" takes a pair's .txt as its caption and its .json only if there is none; "json" takes the .json.
@@ -48,12 +58,14 @@ def index_shards(paths: Sequence[Path], prefer: str, index_dir: str | None = Non
     folder = Path(index_dir) if index_dir else _cache_home() / "clipn" / "shards"
     if not is_main():
         barrier()
-    tables = _remembered(paths, folder)
+    scans = _remembered(paths, folder)
     if is_main():
         barrier()
-    for path, table in zip(paths, tables, strict=True):
-        if not table.shape[1]:
-            log.warning("%s: holds no pair of an image and a caption", path)
+    for path, scan in zip(paths, scans, strict=True):
+        found = [f"{count} {fault}" for fault, count in zip(FAULTS, scan.faults, strict=True) if count]
+        if found or not scan.table.shape[1]:
+            log.warning("%s: %s; %d pairs are used", path, ", ".join(found) or "no pair", scan.table.shape[1])
+    tables = [scan.table for scan in scans]
     shard = np.repeat(np.arange(len(paths), dtype=np.int32), [table.shape[1] for table in tables])
     if not len(shard):
         raise ValueError(
@@ -64,77 +76,85 @@ def index_shards(paths: Sequence[Path], prefer: str, index_dir: str | None = Non
     is_json = (json_start >= 0) if prefer == "json" else (txt_start < 0)
     text_start = np.where(is_json, json_start, txt_start)
     text_size = np.where(is_json, json_size, txt_size)
-    return ShardIndex(shard, image_start, image_size, text_start, text_size, is_json)
+    counts = np.sum([scan.faults for scan in scans], axis=0)
+    faults = {fault: int(count) for fault, count in zip(FAULTS, counts, strict=True) if count}
+    return ShardIndex(shard, image_start, image_size, text_start, text_size, is_json, faults)
 
 
-def read_at(path: Path, start: int, size: int) -> bytes:
-    """`size` bytes of a file from `start`."""
-    with open(path, "rb") as file:
-        file.seek(int(start))
-        return file.read(int(size))
-
-
-def _remembered(paths: Sequence[Path], folder: Path) -> list[np.ndarray]:
-    """A [6, pairs] table per shard; shards not seen before are scanned, several at a time."""
-    memory = [folder / f"{_fingerprint(path)}.npy" for path in paths]
-    tables = {number: table for number, file in enumerate(memory) if (table := _recall(file)) is not None}
-    unknown = [number for number in range(len(paths)) if number not in tables]
+def _remembered(paths: Sequence[Location], folder: Path) -> list[Scan]:
+    """Every shard's scan; shards not seen before are scanned now, several at a time."""
+    memory = [folder / f"{_fingerprint(path)}.npz" for path in paths]
+    scans = {number: scan for number, file in enumerate(memory) if (scan := _recall(file)) is not None}
+    unknown = [number for number in range(len(paths)) if number not in scans]
     if unknown:
         workers = min(len(unknown), os.cpu_count() or 1)
         progress = tqdm(total=len(unknown), desc="indexing shards", unit="shard", disable=None if is_main() else True)
         with progress, ProcessPoolExecutor(workers) as pool:
-            for number, table in zip(unknown, pool.map(scan_shard, [paths[n] for n in unknown]), strict=True):
-                tables[number] = table
-                _remember(memory[number], table)
+            for number, scan in zip(unknown, pool.map(scan_shard, [paths[n] for n in unknown]), strict=True):
+                scans[number] = scan
+                _remember(memory[number], scan)
                 progress.update()
-    return [tables[number] for number in range(len(paths))]
+    return [scans[number] for number in range(len(paths))]
 
 
-def _recall(file: Path) -> np.ndarray | None:
-    try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # never scanned, or written only in part
-        return None
+def scan_shard(path: Location) -> Scan:
+    """Read a tar's headers. Of a key that comes twice the first is taken, of a truncated tar what is before the break.
 
-
-def scan_shard(path: Path) -> np.ndarray:
-    """Read a tar's headers -> int64 [6, pairs], rows as _COLUMNS, -1 for an absent caption file.
-
-    A truncated tar gives the pairs before the break, with a warning. Raises ValueError for a file that is no tar.
+    Raises ValueError for a file that is no tar, OSError for one that cannot be read.
     """
-    size = path.stat().st_size
+    return patiently(lambda: _scan(path), path)
+
+
+def _scan(path: Location) -> Scan:
+    size, _ = version_of(path)
     found: dict[str, dict[str, tuple[int, int]]] = {}
+    faults = dict.fromkeys(FAULTS, 0)
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
-                key, _, kind = member.name.rpartition("/")[2].partition(".")
-                if member.isfile() and member.offset_data + member.size <= size:
-                    kind = "image" if kind.lower() in IMAGE_KINDS else kind.lower()
-                    parts = found.setdefault(f"{member.name.rpartition('/')[0]}/{key}", {})
-                    parts[kind] = (member.offset_data, member.size)
+                if not member.isfile():
+                    continue
+                if size and member.offset_data + member.size > size:
+                    faults["truncated shard"] = 1
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                key, _, kind = name.partition(".")
+                kind = "image" if kind.lower() in IMAGE_KINDS else kind.lower()
+                parts = found.setdefault(f"{folder}/{key}", {})
+                if kind in parts and kind in ("image", "txt", "json"):
+                    faults["duplicate key"] += 1
+                parts.setdefault(kind, (member.offset_data, member.size))
     except tarfile.ReadError as error:
         if not found and size:
             raise ValueError(f"{path}: not an uncompressed tar file: {error}") from error
-        log.warning("%s: truncated (%s); the %d samples before the break are used", path, error, len(found))
+        faults["truncated shard"] = 1
     pairs = [parts for parts in found.values() if "image" in parts and ("txt" in parts or "json" in parts)]
-    if len(pairs) < len(found):
-        log.warning("%s: %d of %d samples lack an image or a caption", path, len(found) - len(pairs), len(found))
+    faults["image or caption missing"] = len(found) - len(pairs)
     absent = (-1, 0)
     rows = [(*parts["image"], *parts.get("txt", absent), *parts.get("json", absent)) for parts in pairs]
-    return np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)).T
+    table = np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)).T
+    return Scan(table, np.array(list(faults.values()), dtype=np.int64))
 
 
-def _remember(file: Path, table: np.ndarray) -> None:
+def _recall(file: Path) -> Scan | None:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return Scan(arrays["table"], arrays["faults"])
+    except Exception:  # never scanned, or damaged: numpy and zipfile raise many kinds
+        return None
+
+
+def _remember(file: Path, scan: Scan) -> None:
     try:
         with whole_file(file) as stream:
-            np.save(stream, table)
+            np.savez(stream, **scan._asdict())
     except OSError as error:  # a read-only home only costs the next run this scan
         log.warning("the index of a shard could not be remembered: %s", error)
 
 
-def _fingerprint(path: Path) -> str:
-    stat = path.stat()
-    return hashlib.sha256(f"{_FORMAT} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:32]
+def _fingerprint(path: Location) -> str:
+    place = Path(path).resolve() if isinstance(path, Path) else path
+    return hashlib.sha256(f"{_FORMAT} {place} {version_of(path)}".encode()).hexdigest()[:32]
 
 
 def _cache_home() -> Path:

@@ -38,6 +38,7 @@ _FREE_KEYS = {
     "data.index_dir",
     "features.dir",
     "features.batch_size",
+    "features.part_size",
     "train.micro_batch_size",
     "train.grad_checkpointing",
     "train.compile",
@@ -281,7 +282,8 @@ def _find_resume(config: Config) -> dict[str, Any] | None:
     content = read_checkpoint(path)
     if "training" not in content or "config" not in content:
         raise ValueError(f"{path}: holds weights but no state of a training run to resume; use it as model.pretrained")
-    before, now = _flatten(content["config"]), _flatten(to_dict(config))
+    # A setting that is newer than the run had its default then.
+    before, now = _flatten(to_dict(Config())) | _flatten(content["config"]), _flatten(to_dict(config))
     kept = [
         key
         for key in now

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from clipn.checkpoint import write_checkpoint
+from clipn.model import CLIPN, build_base
+
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).resolve().parent.parent.parent / "shared" / "golden"
@@ -32,6 +35,32 @@ def plain_log():
         log.removeHandler(handler)
         handler.close()
     log.propagate = True
+
+
+def write_clipn(path: Path, num_prompts=3, base_seed=0, no_seed=1, **more) -> Path:
+    """A checkpoint whose no tower is not its yes tower: where n = g, TSO's gradient is mostly rounding."""
+    torch.manual_seed(base_seed)
+    base, made = build_base(architecture(**more))
+    model = CLIPN(base, num_prompts, made)
+    torch.manual_seed(no_seed)
+    with torch.no_grad():
+        for parameter in model.no_text.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    write_checkpoint({"state_dict": model.published_state(), "architecture": made}, path)
+    return path
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The sizes of the image batches that were encoded."""
+    sizes, encode = [], CLIPN.encode_image
+
+    def counted(self, images):
+        sizes.append(len(images))
+        return encode(self, images)
+
+    monkeypatch.setattr(CLIPN, "encode_image", counted)
+    return sizes
 
 
 @pytest.fixture

@@ -54,6 +54,11 @@ def write_images(folder: Path, *names: str) -> Path:
     return folder
 
 
+def files(folder: str | Path) -> list[str]:
+    """The names of all files in and below a folder."""
+    return sorted(path.name for path in Path(folder).rglob("*") if path.is_file())
+
+
 def spell(texts: list[str], length: int = 64) -> torch.Tensor:
     """A tokenizer whose tokens are the characters' codes, so that `read` gives the text back."""
     tokens = torch.zeros(len(texts), length, dtype=torch.long)

@@ -191,6 +191,15 @@ WRONG = [
     ("data", "flip", "2", "probability"),
     ("data", "workers", "-1", "0 or more"),
     ("data", "num_pairs", "1", "2 or more"),
+    ("data", "source", "disk", "features"),
+    ("features", "dir", "''", "folder"),
+    ("features", "views", "0", "1 or more"),
+    ("features", "part_size", "0", "1 or more"),
+    ("features", "batch_size", "0", "1 or more"),
+    ("features", "seed", "-1", "0 or more"),
+    ("features", "dtype", "int8", "float16"),
+    ("features", "precision", "fp8", "null or one of"),
+    ("train", "micro_batch_size", "0", "1 or more"),
     ("eval", "methods", "[]", "at least one"),
     ("eval", "precision", "int8", "fp32"),
     ("eval", "scale", "0", "positive"),
@@ -221,6 +230,18 @@ def test_an_impossible_value_in_base_is_told_before_any_work(write):
 def test_a_mistake_in_base_from_the_command_line_is_told_as_such(write):
     message = complaint(write(""), "base.train.epochs=0")
     assert "command line" in message and "train.epochs=0" in message
+
+
+@pytest.mark.parametrize("word, expected", [("data.source=features", "frozen"), ("train.micro_batch_size=2", "null")])
+def test_what_only_clipns_training_has_is_refused_for_clips_and_not_inherited_by_its_base(write, word, expected):
+    key = word.partition("=")[0]
+    message = complaint(write("train: {objective: clip}"), word)
+    assert key in message and "train.objective=clip" in message and expected in message
+    path = write("base: {train: {objective: clip}}")
+    base = base_config(load_config(path, [word]))
+    assert (base.data.source, base.train.micro_batch_size) == ("pairs", None)
+    message = complaint(path, word, f"base.{word}")
+    assert key in message and "base" in message
 
 
 def test_id_without_ood_is_refused(write):

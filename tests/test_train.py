@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip.transformer
 import pytest
 import torch
-from conftest import architecture
+from conftest import architecture, write_clipn
 from helpers import numbered_samples, write_shard
 
 import clipn.objectives
+import clipn.text
 from clipn.checkpoint import read_checkpoint, write_checkpoint
 from clipn.config import load_config
 from clipn.model import build_base
@@ -231,6 +233,55 @@ def test_many_ranks_are_one_process(config_file, tmp_path, ranks, objective):
         for name in ("alone", "run")
     )
     assert [line["loss"] for line in second] == pytest.approx([line["loss"] for line in first], rel=1e-4)
+
+
+def metrics(folder) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines for name in ("loss", "itbo_yes", "itbo_no", "tso", "grad_norm")]
+
+
+@pytest.mark.parametrize("source", ["pairs", "features"])
+@pytest.mark.parametrize("size", [2, 4, 9])
+def test_micro_batches_are_the_whole_batch(config_file, tmp_path, source, size):
+    start = write_clipn(tmp_path / "start.pt")
+    more = [f"data.source={source}", f"model.pretrained={start}", "train.eps=1e-2"]
+    whole = train(load_config(config_file, [*more, f"run.dir={tmp_path}/whole"]))
+    parts = train(load_config(config_file, [*more, f"train.micro_batch_size={size}"]))
+    assert_same(weights(whole), weights(parts), rtol=2e-4, atol=2e-5)
+    assert metrics(tmp_path / "run") == pytest.approx(metrics(tmp_path / "whole"), rel=1e-4)
+
+
+def test_a_micro_batch_is_all_that_a_tower_sees_at_once(config_file, monkeypatch):
+    sizes, read = [], clipn.objectives.text_features
+    for module in (clipn.model, clipn.objectives):
+        monkeypatch.setattr(module, "text_features", lambda *args: sizes.append(len(args[1])) or read(*args))
+    train(load_config(config_file, ["train.micro_batch_size=4", "train.epochs=1"]))
+    assert sizes == 3 * [4, 2, 4, 2], "the yes tower, and the no tower"
+
+
+@pytest.mark.parametrize("text", [{}, {"no_causal_mask": True}])
+def test_recomputed_activations_give_the_same_weights(config_file, tmp_path, monkeypatch, text):
+    (tmp_path / "model.json").write_text(json.dumps(architecture(text=text)))
+    start = write_clipn(tmp_path / "start.pt", text=text)
+    more = [f"model.pretrained={start}", "train.epochs=1"]
+    straight = train(load_config(config_file, [*more, f"run.dir={tmp_path}/straight"]))
+    calls, again = [], torch.utils.checkpoint.checkpoint
+    for module in (clipn.text, open_clip.transformer):
+        monkeypatch.setattr(module, "checkpoint", lambda *args, **more: calls.append(1) or again(*args, **more))
+    recomputed = train(load_config(config_file, [*more, "train.grad_checkpointing=true"]))
+    assert_same(weights(straight), weights(recomputed))
+    assert len(calls) == 3, "one block, three steps"
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on(config_file):
+    config = load_config(config_file)
+    last = train(config)
+    content = read_checkpoint(last)
+    del content["config"]["features"], content["config"]["data"]["source"]
+    write_checkpoint(content, last)
+    assert train(config) == last
+    with pytest.raises(ValueError, match=r"data\.source: 'pairs' -> 'features'"):
+        train(load_config(config_file, ["data.source=features"]))
 
 
 def test_a_run_whose_pairs_have_changed_does_not_go_on(config_file):

@@ -1,0 +1,301 @@
+"""Stored features: the same training as without them, restarts, and refusals."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import architecture, write_clipn
+from helpers import files, write_shard
+from PIL import Image
+from test_train import ROOT, assert_same, weights
+
+import clipn.files
+from clipn.config import load_config
+from clipn.features import pair_features
+from clipn.model import CLIPN, create_model_and_transforms, get_tokenizer
+from clipn.pairs import open_pairs, pair_dataset
+from clipn.train import train
+
+NEAR = {"rtol": 2e-4, "atol": 2e-5}
+FROM_FEATURES = ["data.source=features", "features.dtype=float32"]
+
+
+def samples(count: int, broken=()) -> dict[str, dict[str, bytes]]:
+    """Samples for `write_shard`: noise, so that every crop is another one, and captions of many lengths."""
+    found = {}
+    for n in range(count):
+        pixels = np.random.default_rng(n).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).resize((40, 30)).save(stream, "PNG")
+        image = stream.getvalue()[: 40 if n in broken else None]
+        found[f"{n:05d}"] = {"png": image, "txt": " ".join(["cat", "dog", "owl"][: n % 3 + 1] + [str(n)]).encode()}
+    return found
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """(words) -> the config of 2 epochs x 3 steps of 6 of 20 pairs; features are kept 4 to a part."""
+    write_shard(tmp_path / "pairs.tar", samples(20))
+    (tmp_path / "model.json").write_text(json.dumps(architecture()))
+    write_clipn(tmp_path / "clipn.pt")
+    (tmp_path / "config.yaml").write_text(
+        f"""
+run: {{dir: {tmp_path}/run, device: cpu}}
+model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clipn.pt}}
+data: {{shards: {tmp_path}/pairs.tar, workers: 0, index_dir: {tmp_path}/index, crop_scale: [0.3, 1.0], flip: 0.5}}
+features: {{dir: {tmp_path}/features, part_size: 4, batch_size: 3}}
+train: {{epochs: 2, batch_size: 6, precision: fp32, log_every_steps: 1, lr: 1e-3, eps: 1e-2}}
+"""
+    )
+    return lambda *words: load_config(tmp_path / "config.yaml", words)
+
+
+def parts_of(config):
+    """What `pair_features` takes of a config: the model, the tokenizer, and the pairs if any are named."""
+    model = create_model_and_transforms(config.model.name, config.model.pretrained, config.model.num_prompts)[0]
+    return model, get_tokenizer(config.model.name), open_pairs(config.data) if config.data.shards else None
+
+
+def features_of(config):
+    return pair_features(config, *parts_of(config))
+
+
+def metrics(config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(config, *names) -> list[float]:
+    return [line[name] for line in metrics(config) for name in names]
+
+
+def stored(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).rglob("part_*"))}
+
+
+# Training
+
+
+@pytest.mark.parametrize("num_prompts, templates", [(3, "['{}']"), (0, "['a photo of {}','{}','one {}']")])
+def test_training_from_features_is_training_from_pairs(settings, tmp_path, num_prompts, templates):
+    write_clipn(tmp_path / "clipn.pt", num_prompts)
+    more = [f"model.num_prompts={num_prompts}", f"data.caption_templates={templates}", "run.seed=5", "features.seed=5"]
+    online = settings(*more, f"run.dir={tmp_path}/online")
+    stored = settings(*more, *FROM_FEATURES, "features.views=2")
+    assert_same(weights(train(online)), weights(train(stored)), **NEAR)
+    names = ("loss", "itbo_yes", "itbo_no", "tso", "grad_norm")
+    assert numbers(stored, *names) == pytest.approx(numbers(online, *names), rel=1e-4)
+    one_view = settings(*more, *FROM_FEATURES, f"run.dir={tmp_path}/one", f"features.dir={tmp_path}/one")
+    train(one_view)
+    first, second = numbers(one_view, "loss")[:3], numbers(one_view, "loss")[3:]
+    assert first == pytest.approx(numbers(online, "loss")[:3], rel=1e-4)
+    assert second != pytest.approx(numbers(online, "loss")[3:], rel=1e-4), "the second epoch has other crops"
+
+
+def test_half_precision_features_are_near(settings, tmp_path):
+    online, half = settings(f"run.dir={tmp_path}/online"), settings("data.source=features", "features.views=2")
+    train(online), train(half)
+    assert numbers(half, "loss") == pytest.approx(numbers(online, "loss"), rel=1e-2)
+    assert features_of(half).batch([(0, 0)])["image_features"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("part_size", [3, 100])
+@pytest.mark.parametrize("text", [{}, {"no_causal_mask": True}])
+def test_every_row_comes_back_whatever_its_part(settings, tmp_path, part_size, text):
+    (tmp_path / "model.json").write_text(json.dumps(architecture(text=text)))
+    write_clipn(tmp_path / "clipn.pt", 0, text=text)
+    more = ["model.num_prompts=0", "features.views=2", "features.seed=3", *FROM_FEATURES]
+    config = settings(*more, f"features.part_size={part_size}", "data.caption_templates=['a {}','{}, a nice one']")
+    model, tokenizer, pairs = parts_of(config)
+
+    def padded(texts):  # what stands behind the end token matters to a tower that looks ahead
+        tokens = tokenizer(texts)
+        return torch.where(tokens == 0, 7, tokens) if text else tokens
+
+    features = pair_features(config, model, padded, pairs)
+    assert len(features) == 20 and len(files(config.features.dir)) == 1 + -(-20 // part_size)
+    dataset = pair_dataset(config, pairs, model.preprocess, padded, config.features.seed)
+    rows = [19, 3, 0, 2, 4, 3, 11]
+    batches = [features.batch([(epoch, row) for row in rows]) for epoch in (0, 1, 2)]
+    for epoch, batch in enumerate(batches):
+        expected = [dataset[epoch % 2, row] for row in rows]
+        for name in ("tokens", "no_tokens"):
+            assert torch.equal(batch[name], torch.stack([sample[name] for sample in expected]))
+        with torch.no_grad():
+            image = model.encode_image(torch.stack([sample["image"] for sample in expected]))
+            yes = model.encode_text(torch.stack([sample["tokens"] for sample in expected]))
+        torch.testing.assert_close(batch["image_features"], image, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(batch["yes_features"], yes, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(batches[0]["image_features"], batches[1]["image_features"])
+    assert not torch.equal(batches[0]["no_tokens"], batches[0]["tokens"])
+
+
+def test_two_ranks_fill_one_store_and_train_as_one_process(settings, tmp_path):
+    alone = settings(*FROM_FEATURES, f"run.dir={tmp_path}/alone", f"features.dir={tmp_path}/alone/features")
+    train(alone)
+    (tmp_path / "ranks.py").write_text(
+        """
+import sys
+from clipn.config import load_config
+from clipn.distributed import choose_device, process_group, rank
+from clipn.features import FeatureStore
+from clipn.train import train
+
+def write(self, part, tensors, write=FeatureStore.write):
+    (self.folder.parent / f"written_{part}_by_{rank()}").touch(exist_ok=False)
+    write(self, part, tensors)
+
+FeatureStore.write = write
+with process_group(choose_device("cpu")):
+    train(load_config(sys.argv[1], sys.argv[2:]))
+"""
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = [tmp_path / "ranks.py", tmp_path / "config.yaml", *FROM_FEATURES, "train.micro_batch_size=2"]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    notes = [name for name in files(tmp_path / "features") if name.startswith("written")]
+    assert notes == [f"written_{part}_by_{part % 2}" for part in range(5)]
+    assert stored(tmp_path / "features") == stored(tmp_path / "alone/features")
+    assert_same(
+        weights(f"{tmp_path}/alone/checkpoints/last.pt"), weights(f"{tmp_path}/run/checkpoints/last.pt"), **NEAR
+    )
+    assert numbers(settings(), "loss") == pytest.approx(numbers(alone, "loss"), rel=1e-4)
+
+
+def test_unreadable_pairs_are_left_out_and_counted(settings, tmp_path, caplog):
+    broken = {2, 3, 9}  # a whole part, and one in another
+    write_shard(tmp_path / "pairs.tar", samples(20, broken) | {"x": samples(1)["00000"] | {"txt": b" "}})
+    config = settings(*FROM_FEATURES, "features.part_size=2")
+    features = features_of(config)
+    assert (len(features), features.skipped) == (17, 4) and caplog.text.count("skipped") == 4
+    _, tokenizer, pairs = parts_of(config)
+    readable = [n for n in range(20) if n not in broken]
+    expected = tokenizer([pairs[n].caption for n in readable])
+    assert torch.equal(features.batch([(0, row) for row in range(17)])["tokens"], expected)
+    train(config)
+    assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4]
+
+
+def test_no_readable_pair_at_all_is_an_error(settings, tmp_path):
+    write_shard(tmp_path / "pairs.tar", samples(6, range(6)))
+    with pytest.raises(ValueError, match="none of its 6 pairs is readable"):
+        features_of(settings())
+
+
+# Restarts and disks
+
+
+def test_a_killed_run_encodes_only_the_parts_that_are_not_there(settings, tmp_path, monkeypatch, encoded):
+    straight = settings(*FROM_FEATURES, f"run.dir={tmp_path}/straight", f"features.dir={tmp_path}/straight/features")
+    train(straight)
+    assert sum(encoded) == 20
+    config, counted = settings(*FROM_FEATURES), CLIPN.encode_image
+
+    def killed(self, images):
+        if len(encoded) == 5:
+            raise KeyboardInterrupt
+        return counted(self, images)
+
+    encoded.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(CLIPN, "encode_image", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert files(tmp_path / "features") == ["manifest.json", "part_00000.safetensors", "part_00001.safetensors"]
+    encoded.clear()
+    assert_same(weights(train(config)), weights(f"{tmp_path}/straight/checkpoints/last.pt"))
+    assert sum(encoded) == 12 and stored(tmp_path / "features") == stored(tmp_path / "straight/features")
+    encoded.clear()
+    train(settings(*FROM_FEATURES, f"run.dir={tmp_path}/again", "run.seed=1"))
+    assert encoded == []
+
+
+def test_a_full_disk_leaves_no_broken_part(settings, tmp_path, monkeypatch):
+    config, synced, fsync = settings(), [], os.fsync
+    parts = parts_of(config)
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 3:  # the manifest, a part, and another
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clipn.files.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            pair_features(config, *parts)
+    assert files(tmp_path / "features") == ["manifest.json", "part_00000.safetensors"]
+    assert len(features_of(config)) == 20
+
+
+def test_too_little_space_is_told_before_any_work(settings, tmp_path, monkeypatch, encoded):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=20 * 2 * 32 * 2 - 1))
+    with pytest.raises(OSError, match=rf"{tmp_path}/features/pairs: the features need"):
+        features_of(settings())
+    assert encoded == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=20 * 2 * 32 * 2))
+    assert len(features_of(settings())) == 20
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1])
+def test_a_damaged_part_is_named(settings, tmp_path, size):
+    features_of(settings())
+    file = tmp_path / "features/pairs/part_00003.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"part_00003\.safetensors: not a whole feature file.*delete it"):
+        features_of(settings())
+    file.unlink()
+    assert len(features_of(settings())) == 20
+
+
+# A folder of other features
+
+
+@pytest.mark.parametrize(
+    "words, change",
+    [
+        (["model.pretrained={}/other.pt"], r"weights: '\w+' there, '\w+' now"),
+        (["model.name={}/gelu.json", "model.pretrained={}/gelu.pt"], "model: {.*} there, {.*'quick_gelu': True.*} now"),
+        (["features.views=2"], "views: 1 there, 2 now"),
+        (["features.seed=2"], "seed: 0 there, 2 now"),
+        (["train.precision=bf16"], "precision: 'fp32' there, 'bf16' now"),
+        (["data.crop_scale=[0.5,1.0]"], r"crop_scale: \[0\.3, 1\.0\] there, \[0\.5, 1\.0\] now"),
+        (["data.caption_templates=['a {{}}']"], r"caption_templates: \['{}'\] there, \['a {}'\] now"),
+        (["data.caption_column=text"], "caption_column: 'title' there, 'text' now"),
+        (["data.shards={}/more.tar"], r"pairs: '\w+' there, '\w+' now; samples: 20 there, 21 now"),
+    ],
+)
+def test_features_of_something_else_are_refused(settings, tmp_path, words, change):
+    write_clipn(tmp_path / "other.pt", base_seed=7)
+    write_clipn(tmp_path / "gelu.pt", quick_gelu=True)
+    (tmp_path / "gelu.json").write_text(json.dumps(architecture(quick_gelu=True)))
+    write_shard(tmp_path / "more.tar", samples(21))
+    features_of(settings())
+    before = stored(tmp_path / "features")
+    with pytest.raises(ValueError, match=rf"features of something else: .*{change}.* Choose another features\.dir"):
+        features_of(settings(*(word.format(tmp_path) for word in words)))
+    assert stored(tmp_path / "features") == before
+
+
+def test_features_serve_without_their_pairs(settings, tmp_path):
+    last = train(settings(*FROM_FEATURES))
+    os.remove(tmp_path / "pairs.tar")
+    shutil.copy(tmp_path / "model.json", tmp_path / "moved.json")
+    alone = settings(*FROM_FEATURES, "data.shards=''", f"run.dir={tmp_path}/b", f"model.name={tmp_path}/moved.json")
+    assert_same(weights(train(alone)), weights(last))
+    os.remove(tmp_path / "features/pairs/part_00001.safetensors")
+    with pytest.raises(ValueError, match=r"1 of 5 parts are missing, and data\.shards names no pairs"):
+        features_of(alone)
+    with pytest.raises(FileNotFoundError, match=r"features\.dir='.*/nowhere': no features there"):
+        features_of(settings("data.shards=''", f"features.dir={tmp_path}/nowhere"))
+    assert not (tmp_path / "nowhere").exists()
