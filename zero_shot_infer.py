@@ -1,6 +1,7 @@
 """Judge checkpoints zero-shot: python zero_shot_infer.py --config CONFIG.yaml [key=value ...]
 
 Prints the paper's table and writes it, with the scores of every method from one pass over each image set, in run.dir.
+Under torchrun (scripts/launch.py) the ranks share the images.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 
 from clipn.command import fail_in_one_line, start_log
 from clipn.config import load_config
+from clipn.distributed import choose_device, is_main, process_group
 from clipn.evaluate import evaluate
 from clipn.report import summary
 from clipn.world import make_world
@@ -23,11 +25,13 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(arguments.config, arguments.overrides)
     if config.eval.id is None:
         raise ValueError(f"{arguments.config}: eval.id: names no image set to evaluate on")
-    start_log(config.run.dir)
-    make_world(config.world)
-    evaluation = evaluate(config)
-    print(summary(evaluation.results))
-    print(f"done: tables in {config.run.dir}/results.md and .csv, pictures in {config.run.dir}/figures/")
+    with process_group(choose_device(config.run.device)):
+        start_log(config.run.dir)
+        make_world(config.world)
+        evaluation = evaluate(config)
+        if is_main():
+            print(summary(evaluation.results))
+            print(f"done: tables in {config.run.dir}/results.md and .csv, pictures in {config.run.dir}/figures/")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .distributed import is_main
-from .train import Interrupted
+from .interrupt import Interrupted
 
 FAILED = 1  # the message says what to change
 RESUME = 75  # stopped on request: the same command goes on
@@ -35,15 +39,25 @@ def start_log(folder: str | Path) -> None:
 
 def fail_in_one_line(main: Callable[[], None]) -> None:
     """Run a command; an error that its user can mend is one line on stderr, not a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C does; training has its own way to stop
     try:
         main()
     except Interrupted as stopped:
-        log.warning("%s", stopped)
+        log.warning("%s: %s", stopped, _command())
         sys.exit(RESUME)
     except KeyboardInterrupt:
-        log.warning("interrupted; the same command takes up what is not done yet")
+        log.warning("interrupted; the same command takes up what is not done yet: %s", _command())
         sys.exit(RESUME)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error from a decoding process comes with that process's traceback; its last line is the error.
         log.error("error: %s", (str(error).strip().splitlines() or [type(error).__name__])[-1])
         sys.exit(FAILED)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _command() -> str:
+    """What was typed: run.sh says so, and else it was this script."""
+    return os.environ.get("CLIPN_COMMAND") or shlex.join(["python", *sys.argv])

@@ -11,6 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from .files import whole_file
+
 OBJECTIVES = ("clipn", "clip")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TSO_KINDS = ("l2", "cosine")
@@ -160,6 +162,9 @@ class TrainConfig:
     compile: bool = False  # torch.compile
     resume: str = "auto"  # auto: the run's last checkpoint, if any | never | PATH: that, for a run that has none
     checkpoint_every_steps: int = 1000  # besides one at the end of each epoch; 0: only those
+    checkpoint_every_minutes: float = 0.0  # the same by the clock; 0: not
+    keep_checkpoints: int = 2  # the newest, whatever step they are of
+    keep_every_epochs: int = 1  # of the epochs' checkpoints, besides the last one
     log_every_steps: int = 20
 
     def __post_init__(self) -> None:
@@ -175,9 +180,12 @@ class TrainConfig:
         _require(self.lr > 0, "train.lr", self.lr, "a positive number")
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(ok, "train.betas", self.betas, "two numbers in [0, 1)")
-        for key in ("weight_decay", "eps", "warmup_steps", "itbo_weight", "tso_weight", "checkpoint_every_steps"):
+        for key in ("weight_decay", "eps", "warmup_steps", "itbo_weight", "tso_weight"):
             _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
-        _require(self.log_every_steps >= 1, "train.log_every_steps", self.log_every_steps, "1 or more")
+        for key in ("checkpoint_every_steps", "checkpoint_every_minutes"):
+            _require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+        for key in ("log_every_steps", "keep_checkpoints", "keep_every_epochs"):
+            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
         _require(self.itbo_weight + self.tso_weight > 0, "train.itbo_weight", 0.0, "a loss: both weights are 0")
 
 
@@ -270,7 +278,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved settings as YAML that `load_config` reads back."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))), encoding="utf-8")
+    with whole_file(path) as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))).encode())
 
 
 def _merge(tree: DictConfig, content: DictConfig, source: str) -> DictConfig:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoint import read_checkpoint
 from .config import Config
-from .distributed import choose_device
+from .distributed import choose_device, is_main
 from .features import image_set_features
 from .head import Head, build_head
 from .image_sets import ImageSet, open_image_sets
@@ -24,8 +24,8 @@ from .metrics import ood_metrics
 from .model import CLIPN, create_model_and_transforms, get_tokenizer, load_model
 from .prompts import load_class_names, load_templates
 from .report import write_report
+from .run_folder import last_checkpoint
 from .scores import DECISIONS, SCORES
-from .train import last_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Evaluation(NamedTuple):
 def evaluate(config: Config) -> Evaluation:
     """Evaluate as `config.eval` says and write results.csv, decisions.csv, results.md and figures/ in run.dir.
 
+    Under many ranks each encodes a share of the images, all know the result, and rank 0 writes it.
+
     Raises ValueError or FileNotFoundError for image sets, names, templates, methods or checkpoints that are not there
     or do not fit.
     """
@@ -78,7 +80,8 @@ def evaluate(config: Config) -> Evaluation:
         [set_scores.images for set_scores in first.values()],
         {name: set_scores.scores for name, set_scores in first.items()},
     )
-    write_report(Path(config.run.dir), *evaluation)
+    if is_main():
+        write_report(Path(config.run.dir), *evaluation)
     return evaluation
 
 

@@ -1,9 +1,4 @@
-"""Features of the frozen towers, computed once and kept on disk.
-
-A store is a folder: manifest.json says what the features are of, and part_00000.safetensors, part_00001.safetensors,
-... hold them, `part_size` samples each. A part is written whole or not at all, by one rank; what is there is not made
-again.
-"""
+"""Features of the frozen towers, computed once: of a training's pairs, and of the image sets of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,152 +7,34 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from .config import Config
-from .distributed import barrier, is_main, rank, world_size
-from .files import whole_file
+from .distributed import barrier, is_main
+from .feature_store import Encode, FeatureStore, autocast
 from .image_sets import ImageFiles, ImageSet
 from .images import val_transform
 from .model import CLIPN, context_length
 from .pairs import (
+    CAUSES,
+    BadPair,
     EpochBatches,
     Pairs,
     Tokenizer,
+    check_bad_fraction,
     epoch_batches,
     fingerprint,
-    leave_signals,
     pair_dataset,
 )
 from .text import caption_lengths, ignores_padding
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FORMAT = 1  # of a store; another number refuses what was written before
-
-Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # a batch of samples -> tensors to keep, joined over batches
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The mixed-precision context of a `train.precision`; fp32 is none."""
-    return torch.autocast(device.type, DTYPES[precision]) if precision in DTYPES else nullcontext()
-
-
-class FeatureStore:
-    """A folder of parts, and the manifest that says what they are of.
-
-    Opening makes the folder if it is not there. Raises ValueError, with the differences, for one that holds features of
-    something else, or none of whose description is readable.
-    """
-
-    def __init__(self, folder: str | Path, manifest: dict[str, Any]) -> None:
-        self.folder, file = Path(folder), Path(folder) / "manifest.json"
-        if is_main() and not file.is_file():
-            with whole_file(file) as stream:
-                stream.write(json.dumps({"format": _FORMAT} | manifest, indent=2).encode())
-        barrier()
-        self.manifest = _read_manifest(file)
-        expected = json.loads(json.dumps({"format": _FORMAT} | manifest))
-        changes = [
-            f"{key}: {self.manifest.get(key)!r} there, {value!r} now"
-            for key, value in expected.items()
-            if self.manifest.get(key) != value
-        ]
-        if changes:
-            raise ValueError(
-                f"{file}: features of something else: {'; '.join(changes)}. Choose another features.dir, or delete it"
-            )
-
-    @property
-    def samples(self) -> int:
-        """How many samples the features are of, unreadable ones included."""
-        return self.manifest["samples"]
-
-    def __len__(self) -> int:
-        """The number of parts."""
-        return -(-self.samples // self.manifest["part_size"])
-
-    def numbers(self, part: int) -> range:
-        """The samples of a part."""
-        size = self.manifest["part_size"]
-        return range(part * size, min(self.samples, (part + 1) * size))
-
-    def file(self, part: int) -> Path:
-        return self.folder / f"part_{part:05d}.safetensors"
-
-    def missing(self) -> list[int]:
-        """The parts that are not there yet."""
-        return [part for part in range(len(self)) if not self.file(part).is_file()]
-
-    def write(self, part: int, tensors: dict[str, Tensor]) -> None:
-        """Keep a part. Raises OSError for a full disk; then the part is not there."""
-        with whole_file(self.file(part)) as file:
-            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-
-    def read(self, part: int) -> dict[str, Tensor]:
-        """A part's tensors, mapped from the file. Raises ValueError for a file that is not whole."""
-        try:
-            return load_file(self.file(part))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{self.file(part)}: not a whole feature file ({error}); delete it, and the same command makes it anew"
-            ) from error
-
-    @torch.inference_mode()
-    def fill(self, dataset: Dataset, encode: Encode, batch_size: int, workers: int, name: str) -> None:
-        """Make the missing parts: each rank its share, each sample of `dataset` once.
-
-        A sample that is None is unreadable: it is left out, and its number is kept under "skipped".
-        """
-        mine = self.missing()[rank() :: world_size()]
-        barrier()  # before any rank changes what is missing
-        batches = [
-            list(self.numbers(part)[first : first + batch_size])
-            for part in mine
-            for first in range(0, len(self.numbers(part)), batch_size)
-        ]
-        loader = DataLoader(
-            _Numbered(dataset),
-            batch_sampler=batches,
-            num_workers=workers if batches else 0,
-            collate_fn=_readable,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leave_signals,
-        )
-        total = sum(map(len, batches))
-        with tqdm(total=total, desc=name, unit="image", disable=None if is_main() else True, leave=False) as bar:
-            found = iter(loader)
-            for part in mine:
-                kept: dict[str, list[Tensor]] = {}
-                for _ in range(-(-len(self.numbers(part)) // batch_size)):
-                    batch = next(found)
-                    bar.update(len(batch.pop("read")))
-                    encoded = encode(batch) if len(batch) > 1 else {}
-                    for key, value in {**encoded, "skipped": batch["skipped"]}.items():
-                        kept.setdefault(key, []).append(value)
-                self.write(part, {key: torch.cat(values).cpu() for key, values in kept.items()})
-        barrier()
-
-
-class _Numbered(Dataset):
-    """number -> (number, sample)."""
-
-    def __init__(self, samples: Dataset) -> None:
-        self.samples = samples
-
-    def __getitem__(self, number: int) -> tuple[int, Any]:
-        return number, self.samples[number]
 
 
 class PairFeatures:
@@ -168,7 +45,10 @@ class PairFeatures:
 
     def __init__(self, store: FeatureStore, device: torch.device) -> None:
         parts = [store.read(part) for part in range(len(store))]
-        self.skipped = sum(len(part["skipped"]) for part in parts)
+        self.skipped = torch.cat([part["skipped"] for part in parts])  # [n, 2]: pair and cause
+        readable = torch.ones(store.samples, dtype=torch.bool)
+        readable[self.skipped[:, 0]] = False
+        self.numbers = readable.nonzero().squeeze(1)  # the pair that each row is of
         parts = [part for part in parts if "image" in part]
         if not parts:
             raise ValueError(f"{store.folder}: none of its {store.samples} pairs is readable")
@@ -187,7 +67,8 @@ class PairFeatures:
         return found | {
             "image_features": self.image.take(rows, epoch),
             "yes_features": self.yes.take(rows, epoch),
-            "skipped": torch.zeros(1, dtype=torch.long),
+            "number": self.numbers[rows],
+            "skipped": torch.zeros(1, len(CAUSES), dtype=torch.long),  # they were left out before
         }
 
     def batches(self, order: EpochBatches) -> Iterator[dict[str, Tensor]]:
@@ -263,10 +144,27 @@ def pair_features(config: Config, model: CLIPN, tokenizer: Tokenizer, pairs: Pai
         dataset = _PairViews(config, pairs, model, tokenizer, texts)
         precision = settings.precision or config.train.precision
         encode = pair_encoder(model, precision, getattr(torch, settings.dtype))
-        store.fill(dataset, encode, settings.batch_size, data.workers, "features")
+        store.fill(
+            dataset,
+            encode,
+            settings.batch_size,
+            data.workers,
+            "features",
+            # A bad start does not yet make the whole bad.
+            lambda skipped, seen: check_bad_fraction(len(skipped), max(seen, 1000), count_causes(skipped), data),
+        )
     features = PairFeatures(store, model.logit_scale.device)
-    log.info("features: %d pairs in %s, %d unreadable ones left out", len(features), folder, features.skipped)
+    causes = count_causes(features.skipped)
+    check_bad_fraction(len(features.skipped), store.samples, causes, data)
+    counts = ", ".join(f"{count} {cause}" for cause, count in causes.items()) or "none"
+    log.info("features: %d pairs in %s; left out: %s", len(features), folder, counts)
     return features
+
+
+def count_causes(skipped: Tensor) -> dict[str, int]:
+    """[n, 2] numbers and causes -> how often each cause was found, if it was."""
+    counts = torch.bincount(skipped[:, 1], minlength=len(CAUSES)).tolist()
+    return {cause: count for cause, count in zip(CAUSES, counts, strict=True) if count}
 
 
 def feature_loader(config: Config, features: PairFeatures, start: int) -> tuple[Iterator[dict[str, Tensor]], int]:
@@ -296,7 +194,7 @@ def image_set_features(
             dataset = ImageFiles(images.paths, val_transform(model.preprocess))
             store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
         parts = [store.read(part) for part in range(len(store))]
-        skipped = torch.cat([part["skipped"] for part in parts]).tolist()
+        skipped = torch.cat([part["skipped"] for part in parts])[:, 0].tolist()
         if len(skipped) == len(images):
             raise ValueError(
                 f"image set {images.name!r}: none of the {len(images)} images in {images.root} is readable"
@@ -334,18 +232,18 @@ def weights_hash(*modules: nn.Module) -> str:
 
 
 class _PairViews(Dataset):
-    """number -> {"image" [views, 3, H, W], "tokens" [texts, L], "no_tokens" [texts, L]}, or None if unreadable."""
+    """number -> {"image" [views, 3, H, W], "tokens" [texts, L], "no_tokens" [texts, L]}, or its cause if bad."""
 
     def __init__(self, config: Config, pairs: Pairs, model: CLIPN, tokenizer: Tokenizer, texts: int) -> None:
         self.pairs = pair_dataset(config, pairs, model.preprocess, tokenizer, config.features.seed)
         self.views, self.texts = config.features.views, texts
 
-    def __getitem__(self, number: int) -> dict[str, Tensor] | None:
+    def __getitem__(self, number: int) -> dict[str, Tensor] | int:
         try:
             views = self.pairs.views(number, range(self.views))
-        except Exception as error:  # every kind of broken file, and PIL raises many
+        except BadPair as error:
             log.warning("skipped %s: %s", self.pairs.pairs.name(number), error)
-            return None
+            return CAUSES.index(error.cause)
         images = torch.stack([view.pop("image") for view in views])
         return {"image": images} | {key: torch.stack([v[key] for v in views[: self.texts]]) for key in views[0]}
 
@@ -418,23 +316,5 @@ def _say_size(store: FeatureStore, missing: list[int], bytes_per_sample: int) ->
         )
 
 
-def _readable(samples: list[Any]) -> dict[str, Tensor]:
-    """Collate what could be read; "skipped" holds the numbers of the rest, "read" is as long as the batch was."""
-    kept = [sample for _, sample in samples if sample is not None]
-    skipped = [number for number, sample in samples if sample is None]
-    batch = default_collate(kept) if kept else {}
-    return {**batch, "skipped": torch.tensor(skipped, dtype=torch.long), "read": torch.empty(len(samples))}
-
-
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _read_manifest(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not the manifest of a feature store: {error}; delete its folder") from error
-    if not isinstance(content, dict) or not {"samples", "part_size"} <= content.keys():
-        raise ValueError(f"{file}: not the manifest of a feature store: {content!r}; delete its folder")
-    return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,5 +25,18 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def second_name(path: Path, name: Path) -> None:
+    """Give a file a second name, in place of what had it: a hard link where the file system has them, else a copy."""
+    partial = name.with_name(f"{name.name}.{os.getpid()}.partial")
+    try:
+        try:
+            os.link(path, partial)
+        except OSError:
+            shutil.copyfile(path, partial)
+        os.replace(partial, name)
     finally:
         partial.unlink(missing_ok=True)

@@ -102,7 +102,7 @@ def open_image_sets(value: Any, key: str) -> list[ImageSet]:
 
 
 class ImageFiles(Dataset):
-    """Decodes and transforms the images of a set: index -> {"image": [3, H, W]}, or None for an unreadable one."""
+    """Decodes and transforms the images of a set: index -> {"image": [3, H, W]}, or 0 for an unreadable one."""
 
     def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
         self.paths, self.transform = paths, transform
@@ -110,13 +110,13 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | None:
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | int:
         path = self.paths[index]
         try:
             return {"image": self.transform(open_image(path))}
         except Exception as error:  # PIL raises many kinds
             log.warning("left out: %s is no readable image: %s", path, error)
-            return None
+            return 0
 
 
 def _listed(value: Any) -> list[str] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .checkpoint import load_weights, published_name
 from .config import Config
 from .distributed import gather_rows, rank, world_size
-from .features import autocast
+from .feature_store import autocast
 from .losses import itbo_loss, tso_loss
 from .model import Architecture, build_base, create_model_and_transforms, load_base
 from .text import compile_text, text_features
@@ -86,7 +86,10 @@ class ClipnObjective:
         tso = tso_loss(yes, no, train.tso_kind)
         part = len(tokens) / share
         loss = 0.5 * part * (train.itbo_weight * (itbo_yes + itbo_no) + train.tso_weight * tso)
-        return loss, {"itbo_yes": part * itbo_yes, "itbo_no": part * itbo_no, "tso": part * tso}
+        terms = {"itbo_yes": itbo_yes, "itbo_no": itbo_no, "tso": tso}
+        for name, texts in (("yes", yes), ("no", no.detach())):
+            terms |= _mean_logits(batch["everyone"], texts, scale, rank() * share + rows.start, name)
+        return loss, {name: part * value for name, value in terms.items()}
 
     def _frozen(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[b, 3, H, W] and [b, L] -> image and yes features, a micro-batch at a time."""
@@ -114,6 +117,14 @@ class ClipnObjective:
         draws = np.random.default_rng([self.config.run.seed, step])
         choice = draws.integers(self.model.num_prompts + 1, size=share * world_size())
         return torch.from_numpy(choice[rank() * share : (rank() + 1) * share]).to(self.device, non_blocking=True)
+
+
+def _mean_logits(images: Tensor, texts: Tensor, scale: Tensor, first: int, name: str) -> dict[str, Tensor]:
+    """The mean logits of texts [b, D] with the image of their own pair, number `first` on, and with all the others."""
+    own = images[first : first + len(texts)]
+    others = (images.sum(dim=0) - own) / (len(images) - 1)
+    pairs = (("matched", own), ("unmatched", others))
+    return {f"logit_{name}_{kind}": scale * (texts * part).sum(dim=1).mean() for kind, part in pairs}
 
 
 class ClipObjective:

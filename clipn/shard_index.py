@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .distributed import barrier, is_main
 from .files import whole_file
-from .storage import Location, open_stream, patiently, version_of
+from .storage import Location, is_url, open_stream, patiently, version_of
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ def scan_shard(path: Location) -> Scan:
 
     Raises ValueError for a file that is no tar, OSError for one that cannot be read.
     """
+    if is_url(path):
+        return _scan(path)  # each of its reads is patient; all together may take long
     return patiently(lambda: _scan(path), path)
 
 

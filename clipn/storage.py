@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import glob
+import io
 import itertools
+import os
 import queue
 import re
 import threading
@@ -19,6 +22,10 @@ Location = Path | str  # a local path, or a URL
 ATTEMPTS = 4
 FIRST_PAUSE = 0.5  # seconds between attempts, doubled each time
 TIMEOUT = 60.0  # seconds that a read from a URL may stall
+COPYING = 10  # times as long for filecache::, whose first read fetches the whole file
+BLOCK = 5 * 2**20  # bytes that a stream from a URL reads at once
+
+_CACHE = re.compile("(filecache|simplecache|blockcache|cached)::")
 
 T = TypeVar("T")
 
@@ -37,9 +44,11 @@ def version_of(path: Location) -> tuple[int, str]:
     if not is_url(path):
         stat = Path(path).stat()
         return stat.st_size, str(stat.st_mtime_ns)
-    info = patiently(lambda: _files(path)[0].info(_files(path)[1]), path)
-    changing = [str(info[key]) for key in ("ETag", "etag", "LastModified", "mtime", "updated") if info.get(key)]
-    return int(info.get("size") or 0), " ".join(changing)
+    info = patiently(lambda: _info(path), path)
+    if info.get("size") is None:
+        raise OSError(f"{path}: the server does not say how large it is")
+    keys = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "updated")
+    return int(info["size"]), " ".join(str(info[key]) for key in keys if info.get(key))
 
 
 def read_range(path: Location, start: int, size: int) -> bytes:
@@ -53,11 +62,31 @@ def read_range(path: Location, start: int, size: int) -> bytes:
 
 
 def open_stream(path: Location) -> BinaryIO:
-    """The whole file, to be read from the start."""
-    if not is_url(path):
-        return open(path, "rb")
-    files, name = _files(path)
-    return files.open(name, "rb")
+    """The whole file, to be read from the start; of a URL each block as patiently as by `read_range`."""
+    return io.BufferedReader(_Blocks(path), BLOCK) if is_url(path) else open(path, "rb")
+
+
+class _Blocks(io.RawIOBase):
+    """A file behind a URL, as io.BufferedReader reads one."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.size, self.place = path, version_of(path)[0], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.place = offset + (0, self.place, self.size)[whence]
+        return self.place
+
+    def readinto(self, buffer: memoryview) -> int:
+        size = max(0, min(len(buffer), self.size - self.place))
+        buffer[:size] = read_range(self.path, self.place, size)
+        self.place += size
+        return size
 
 
 def patiently(read: Callable[[], T], path: Location) -> T:
@@ -67,7 +96,7 @@ def patiently(read: Callable[[], T], path: Location) -> T:
     """
     for attempt in range(ATTEMPTS):
         try:
-            return _within(TIMEOUT, read) if is_url(path) else read()
+            return _within(TIMEOUT * (COPYING if _CACHE.match(path) else 1), read) if is_url(path) else read()
         except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
             raise  # trying again would not help
         except Exception as error:  # every kind of storage has its own errors
@@ -105,7 +134,8 @@ def _matches(text: str) -> list[Location]:
             found = patiently(lambda: sorted(files.glob(name)), text)
         except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
             raise ValueError(f"data.shards={text!r}: {error}") from error
-        return [files.unstrip_protocol(path) for path in found]
+        cache = _CACHE.match(text)
+        return [(cache.group() if cache else "") + files.unstrip_protocol(path) for path in found]
     if glob.has_magic(text):
         return [Path(path) for path in sorted(glob.glob(text))]
     return [Path(text)] if Path(text).is_file() else []
@@ -129,7 +159,24 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _files(url: str) -> tuple[Any, str]:
     """The file system behind a URL, and the file's name in it."""
+    return _files_in(os.getpid(), url)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _files_in(process: int, url: str) -> tuple[Any, str]:
+    # fsspec would make another filecache:: in every thread, that knows nothing of what the others have fetched
     return fsspec.core.url_to_fs(url)
+
+
+def _info(url: str) -> dict[str, Any]:
+    files, name = _files(_CACHE.sub("", url))  # a cache has the file's content, but does not know its version
+    try:
+        return files.info(name)
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", None) not in (404, 410):
+            raise cause from None  # fsspec calls every failure over http "not found"
+        raise
 
 
 def _read(path: Location, start: int, size: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .config import WorldConfig
+from .distributed import barrier, is_main
 from .photos import unpack_photos
 from .toy import make_toy
 
@@ -10,9 +11,11 @@ from .toy import make_toy
 def make_world(world: WorldConfig) -> None:
     """Make `world.name` in `world.root`, unless it is there already; nothing for `name: null`.
 
-    Raises ValueError where world.root holds something else, FileNotFoundError where world.source does not exist.
+    Under many ranks rank 0 does the work, and the others wait. Raises ValueError where world.root holds something else,
+    FileNotFoundError where world.source does not exist.
     """
-    if world.name == "toy":
+    if world.name == "toy" and is_main():
         make_toy(world.root, world.num_pairs, world.images_per_class, world.seed, world.image_size)
-    elif world.name == "photos":
+    elif world.name == "photos" and is_main():
         unpack_photos(world.source, world.root)
+    barrier()

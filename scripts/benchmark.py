@@ -33,13 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clipn.config import PRECISIONS, Config, ModelConfig, RunConfig, TrainConfig
 from clipn.distributed import choose_device
 from clipn.evaluate import score_features
-from clipn.features import DTYPES, autocast, pair_encoder
+from clipn.feature_store import DTYPES, autocast
+from clipn.features import pair_encoder
 from clipn.head import Head
 from clipn.image_sets import ImageSet
 from clipn.model import context_length
 from clipn.objectives import ClipnObjective
+from clipn.pairs import CAUSES
 from clipn.scores import SCORES
-from clipn.train import Run, build_optimizer
+from clipn.train import Run
 
 STEPS = ("plain", "online", "features")
 MODES = (*STEPS, "extract", "evaluate", "rescore")
@@ -136,14 +138,13 @@ def build_work(
     config = Config(run=RunConfig(device=arguments.device), model=ModelConfig(name=arguments.model), train=train)
     torch.manual_seed(0)
     objective = ClipnObjective(config, device)
-    optimizer = build_optimizer(objective.trained, train)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    run = Run(config, objective, optimizer, scaler, device, steps_per_epoch=10**6, pairs=batch_size, step=0)
+    run = Run(config, objective, device)
+    run.steps_per_epoch = 10**6
     size, dim = objective.preprocess["size"], objective.architecture["embed_dim"]
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(batch_size, 3, height, width, device=device)
     tokens = random_captions(batch_size, context_length(objective.architecture), arguments.caption_length)
-    skipped = {"skipped": torch.zeros(1)}
+    told = {"skipped": torch.zeros(1, len(CAUSES), dtype=torch.long), "number": torch.arange(batch_size)}
     stored = {name: F.normalize(torch.randn(batch_size, dim, device=device), dim=-1).half() for name in ("f", "g")}
     features = {"image_features": stored["f"], "yes_features": stored["g"]}
     encode = pair_encoder(objective.model, precision, torch.float16)
@@ -158,9 +159,9 @@ def build_work(
         encode({"image": images[:, None], "tokens": tokens[:, None]})
 
     return {
-        "plain": lambda: plain_step(objective, optimizer, precision, images, tokens.to(device)),
-        "online": lambda: run.take_step({"image": images, "tokens": tokens, **skipped}, []),
-        "features": lambda: run.take_step({**features, "tokens": tokens, **skipped}, []),
+        "plain": lambda: plain_step(objective, run.optimizer, precision, images, tokens.to(device)),
+        "online": lambda: run.take_step({"image": images, "tokens": tokens, **told}, []),
+        "features": lambda: run.take_step({**features, "tokens": tokens, **told}, []),
         "extract": extract,
         "evaluate": evaluate,
     }

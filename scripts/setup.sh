@@ -1,7 +1,7 @@
 # Sourced by run.sh and scripts/test.sh, from the project's root: leaves in $PYTHON a Python that has what
 # requirements.txt names. The Python at hand is used if it has it all, else .venv, which is made once and reused.
 
-needed='import torch, torchvision, open_clip, numpy, sklearn, pandas, PIL, safetensors, omegaconf, yaml, matplotlib, tqdm'
+needed='import torch, torchvision, open_clip, numpy, sklearn, pandas, PIL, safetensors, omegaconf, yaml, matplotlib, tqdm, fsspec, aiohttp'
 
 has_all() {
     command -v "$1" >/dev/null 2>&1 && "$1" -c "import sys; assert sys.version_info >= (3, 10); $needed; $2" >/dev/null 2>&1

@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clipn.command import fail_in_one_line, start_log
 from clipn.config import Config, base_config, load_config
-from clipn.distributed import barrier, choose_device, is_main, process_group
+from clipn.distributed import choose_device, is_main, process_group
 from clipn.evaluate import check_texts, evaluate, join
 from clipn.report import summary, write_report
-from clipn.train import last_checkpoint, train
+from clipn.run_folder import last_checkpoint
+from clipn.train import train
 from clipn.world import make_world
 
 
@@ -29,11 +30,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     with process_group(choose_device(config.run.device)):
-        for run in each_seed(arguments.config, arguments.overrides, config):
+        runs = each_seed(arguments.config, arguments.overrides, config)
+        for run in runs:
             train_one(run)
-        main_rank = is_main()
-    if main_rank:
-        finish(arguments.config, arguments.overrides, config)
+        finish(config, runs)
 
 
 def each_seed(path: str, overrides: list[str], config: Config) -> list[Config]:
@@ -51,9 +51,7 @@ def train_one(config: Config) -> None:
     """World, base and training of one run."""
     start_log(config.run.dir)
     check_texts(config)
-    if is_main():
-        make_world(config.world)
-    barrier()
+    make_world(config.world)
     base = base_config(config)
     if base:
         start_log(base.run.dir)
@@ -62,16 +60,17 @@ def train_one(config: Config) -> None:
     train(config)
 
 
-def finish(path: str, overrides: list[str], config: Config) -> None:
+def finish(config: Config, runs: list[Config]) -> None:
     """Evaluate what was trained, if the config says on what, and say where everything is."""
-    runs = each_seed(path, overrides, config)
-    if config.eval.id is None:
-        print(f"done: {', '.join(str(last_checkpoint(run.run.dir)) for run in runs)}")
-        return
     evaluations = []
-    for run in runs:
+    for run in runs if config.eval.id is not None else []:
         start_log(run.run.dir)
         evaluations.append(evaluate(run))
+    if not is_main():
+        return
+    if not evaluations:
+        print(f"done: {', '.join(str(last_checkpoint(run.run.dir)) for run in runs)}")
+        return
     if config.run.seeds:
         write_report(Path(config.run.dir), *join(evaluations))
     print(summary(join(evaluations).results))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clipn.checkpoint import write_checkpoint
+from clipn.config import DataConfig
 from clipn.model import CLIPN, build_base
 
 torch.set_num_threads(1)
@@ -61,6 +62,17 @@ def encoded(monkeypatch):
 
     monkeypatch.setattr(CLIPN, "encode_image", counted)
     return sizes
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Data settings that remember indexes in the test's own folder."""
+
+    def _settings(shards, **more) -> DataConfig:
+        shards = [str(s) for s in shards] if isinstance(shards, list) else str(shards)
+        return DataConfig(shards=shards, index_dir=str(tmp_path / "index"), workers=more.pop("workers", 0), **more)
+
+    return _settings
 
 
 @pytest.fixture

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
+
+from clipn.pairs import Pairs
 
 
 def image_bytes(colour=(200, 30, 30), size=(24, 24), kind: str = "JPEG") -> bytes:
@@ -52,6 +57,21 @@ def write_images(folder: Path, *names: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (12, 12), (20 * n % 256, 90, 160)).save(path)
     return folder
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG file that claims this size, and holds nothing."""
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND"]
+    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def captions(pairs: Pairs) -> list[str]:
+    return [pairs[n].caption for n in range(len(pairs))]
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
 
 
 def files(folder: str | Path) -> list[str]:

@@ -20,7 +20,7 @@ from test_train import ROOT, assert_same, weights
 
 import clipn.files
 from clipn.config import load_config
-from clipn.features import pair_features
+from clipn.features import count_causes, pair_features
 from clipn.model import CLIPN, create_model_and_transforms, get_tokenizer
 from clipn.pairs import open_pairs, pair_dataset
 from clipn.train import train
@@ -146,7 +146,7 @@ def test_two_ranks_fill_one_store_and_train_as_one_process(settings, tmp_path):
 import sys
 from clipn.config import load_config
 from clipn.distributed import choose_device, process_group, rank
-from clipn.features import FeatureStore
+from clipn.feature_store import FeatureStore
 from clipn.train import train
 
 def write(self, part, tensors, write=FeatureStore.write):
@@ -175,9 +175,13 @@ with process_group(choose_device("cpu")):
 def test_unreadable_pairs_are_left_out_and_counted(settings, tmp_path, caplog):
     broken = {2, 3, 9}  # a whole part, and one in another
     write_shard(tmp_path / "pairs.tar", samples(20, broken) | {"x": samples(1)["00000"] | {"txt": b" "}})
-    config = settings(*FROM_FEATURES, "features.part_size=2")
+    config = settings(*FROM_FEATURES, "features.part_size=2", "data.max_bad_fraction=0.2")
     features = features_of(config)
-    assert (len(features), features.skipped) == (17, 4) and caplog.text.count("skipped") == 4
+    assert len(features) == 17 and count_causes(features.skipped) == {"empty caption": 1, "broken image": 3}
+    assert features.skipped[:, 0].tolist() == [2, 3, 9, 20] and caplog.text.count("skipped") == 4
+    assert features.batch([(0, row) for row in range(17)])["number"].tolist() == [
+        n for n in range(20) if n not in broken
+    ]
     _, tokenizer, pairs = parts_of(config)
     readable = [n for n in range(20) if n not in broken]
     expected = tokenizer([pairs[n].caption for n in readable])
@@ -239,11 +243,16 @@ def test_a_full_disk_leaves_no_broken_part(settings, tmp_path, monkeypatch):
 
 
 def test_too_little_space_is_told_before_any_work(settings, tmp_path, monkeypatch, encoded):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=20 * 2 * 32 * 2 - 1))
+    one_pair = 32 * (1 + 1) * 2  # float16, an image and a text
+    free = SimpleNamespace(free=20 * one_pair - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
     with pytest.raises(OSError, match=rf"{tmp_path}/features/pairs: the features need"):
         features_of(settings())
     assert encoded == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=20 * 2 * 32 * 2))
+    free.free += 1
+    assert len(features_of(settings())) == 20
+    free.free = 4 * one_pair  # room for what is missing is enough
+    os.remove(tmp_path / "features/pairs/part_00002.safetensors")
     assert len(features_of(settings())) == 20
 
 

@@ -204,7 +204,7 @@ def test_what_is_no_image_is_refused_or_left_out_with_a_warning(tmp_path, caplog
     with pytest.raises((OSError, ValueError)):
         open_image(content)
     (tmp_path / "bad.jpg").write_bytes(content)
-    assert ImageFiles([tmp_path / "bad.jpg"], val_transform(default_preprocess(8)))[0] is None
+    assert ImageFiles([tmp_path / "bad.jpg"], val_transform(default_preprocess(8)))[0] == 0
     assert "bad.jpg is no readable image" in caplog.text
 
 

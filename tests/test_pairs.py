@@ -1,291 +1,18 @@
-"""Image-caption pairs: what is read, in which order, and what happens to broken ones."""
+"""Image-caption pairs: which are drawn, how they are read, and what happens to broken ones."""
 
-import json
 import logging
-import os
-import tarfile
 
 import pytest
 import torch
-from helpers import image_bytes, jpeg_bytes, numbered_samples, read, spell, write_images, write_shard, write_tar
+from helpers import captions, jpeg_bytes, messages, numbered_samples, png_header, read, spell, write_images, write_shard
 
 import clipn.pairs
-import clipn.shard_index
 from clipn.config import Config, DataConfig
 from clipn.images import default_preprocess
-from clipn.pairs import EpochBatches, ShardPairs, expand_patterns, open_pairs, training_loader
-from clipn.shard_index import index_shards, scan_shard
+from clipn.pairs import CAUSES, EpochBatches, open_pairs, training_loader
 
 JPG = jpeg_bytes()
-
-
-@pytest.fixture
-def settings(tmp_path):
-    """Data settings that remember indexes in the test's own folder."""
-
-    def _settings(shards, **more) -> DataConfig:
-        shards = [str(s) for s in shards] if isinstance(shards, list) else str(shards)
-        return DataConfig(shards=shards, index_dir=str(tmp_path / "index"), workers=more.pop("workers", 0), **more)
-
-    return _settings
-
-
-def captions(pairs) -> list[str]:
-    return [pairs[n].caption for n in range(len(pairs))]
-
-
-def messages(caplog) -> str:
-    return "\n".join(record.getMessage() for record in caplog.records)
-
-
-# Shards
-
-
-def test_images_of_every_kind_and_their_captions(tmp_path, settings):
-    images = {"a.jpg": jpeg_bytes(), "b.png": image_bytes(kind="PNG"), "c.webp": image_bytes(kind="WEBP")}
-    images |= {"d.JPEG": jpeg_bytes((1, 2, 3))}
-    members = {}
-    for name, content in images.items():
-        members |= {name: content, f"{name[0]}.txt": f"un café {name[0]}".encode()}
-    pairs = open_pairs(settings(write_tar(tmp_path / "x.tar", members)))
-    assert [pairs[n].image for n in range(len(pairs))] == list(images.values())
-    assert captions(pairs) == ["un café a", "un café b", "un café c", "un café d"]
-
-
-def test_shards_follow_each_other(tmp_path, settings):
-    paths = [write_shard(tmp_path / f"{n}.tar", numbered_samples(3, 3 * n)) for n in range(3)]
-    assert captions(open_pairs(settings(paths))) == [f"caption {n}" for n in range(9)]
-    assert captions(open_pairs(settings(paths[::-1])))[0] == "caption 6"
-
-
-def test_members_of_a_sample_need_not_be_neighbours(tmp_path, settings):
-    members = {"2.txt": b"two", "1.jpg": JPG, "notes.md": b"?", "2.jpg": jpeg_bytes((0, 0, 9)), "1.txt": b"one"}
-    pairs = open_pairs(settings(write_tar(tmp_path / "x.tar", members)))
-    assert {pairs[n].caption: pairs[n].image for n in range(len(pairs))} == {"one": JPG, "two": jpeg_bytes((0, 0, 9))}
-
-
-def test_equal_names_in_different_folders_are_different_samples(tmp_path, settings):
-    members = {"p/1.jpg": JPG, "q/1.jpg": JPG, "q/1.txt": b"in q", "p/1.txt": b"in p"}
-    assert captions(open_pairs(settings(write_tar(tmp_path / "x.tar", members)))) == ["in p", "in q"]
-
-
-def test_a_sample_without_image_or_caption_is_left_out_with_a_warning(tmp_path):
-    members = {"1.jpg": JPG, "2.jpg": JPG, "2.txt": b"two", "3.txt": b"three"}
-    assert captions(ShardPairs([write_tar(tmp_path / "x.tar", members)], index_dir=str(tmp_path))) == ["two"]
-
-
-def test_txt_comes_before_json_unless_a_key_is_asked_for(tmp_path, settings):
-    record = {"caption": "from json", "alt": "other words", "width": 3}
-    members = {"1.jpg": JPG, "1.txt": b"from txt", "1.json": json.dumps(record).encode()}
-    path = write_tar(tmp_path / "x.tar", members)
-    assert captions(open_pairs(settings(path))) == ["from txt"]
-    assert captions(open_pairs(settings(path, caption_key="caption"))) == ["from json"]
-    assert captions(open_pairs(settings(path, caption_key="alt"))) == ["other words"]
-
-
-def test_json_alone_gives_its_caption(tmp_path, settings):
-    path = write_tar(tmp_path / "x.tar", {"1.jpg": JPG, "1.json": b'{"caption": "hello"}'})
-    assert captions(open_pairs(settings(path))) == ["hello"]
-
-
-def test_a_missing_caption_key_is_told_with_the_keys_there_are(tmp_path, settings):
-    path = write_tar(tmp_path / "x.tar", {"1.jpg": JPG, "1.json": b'{"caption": "hello", "width": 3}'})
-    for key in ("text", "width"):
-        with pytest.raises(ValueError, match="caption, width") as error:
-            open_pairs(settings(path, caption_key=key))
-        assert repr(key) in str(error.value) and str(path) in str(error.value)
-
-
-def test_a_caption_key_without_json_is_told(tmp_path, settings):
-    path = write_shard(tmp_path / "x.tar", numbered_samples(2))
-    with pytest.raises(ValueError, match=r"data\.caption_key='caption'") as error:
-        open_pairs(settings(path, caption_key="caption"))
-    assert str(path) in str(error.value)
-
-
-def test_a_truncated_shard_keeps_its_whole_samples(tmp_path, settings, caplog):
-    whole = write_shard(tmp_path / "whole.tar", numbered_samples(5))
-    with tarfile.open(whole) as archive:
-        last_image = archive.getmember("00004.jpg")
-    for name, size in {"in_data": last_image.offset_data + 100, "in_header": last_image.offset + 100}.items():
-        cut = tmp_path / f"{name}.tar"
-        cut.write_bytes(whole.read_bytes()[:size])
-        pairs = open_pairs(settings(cut))
-        assert captions(pairs) == [f"caption {n}" for n in range(4)]
-        assert pairs[3].image == open_pairs(settings(whole))[3].image
-
-
-def test_a_truncated_shard_is_told(tmp_path, caplog):
-    whole = write_shard(tmp_path / "whole.tar", numbered_samples(5))
-    with tarfile.open(whole) as archive:
-        caption = archive.getmember("00003.txt")
-    whole.write_bytes(whole.read_bytes()[: caption.offset_data + 2])
-    table = scan_shard(whole)
-    assert table.shape[1] == 3
-    assert str(whole) in messages(caplog) and "truncated" in messages(caplog)
-
-
-def test_a_shard_without_pairs_is_named(tmp_path, settings):
-    empty = write_tar(tmp_path / "empty.tar", {})
-    with pytest.raises(ValueError, match=r"empty\.tar.*jpg"):
-        open_pairs(settings(empty))
-    texts = write_tar(tmp_path / "texts.tar", {"1.txt": b"alone"})
-    with pytest.raises(ValueError, match=r"texts\.tar"):
-        open_pairs(settings(texts))
-
-
-def test_one_empty_shard_among_others_is_warned_of(tmp_path, settings, caplog):
-    paths = [write_tar(tmp_path / "empty.tar", {}), write_shard(tmp_path / "x.tar", numbered_samples(2))]
-    pairs = open_pairs(settings(paths))
-    assert captions(pairs) == ["caption 0", "caption 1"]
-    assert "empty.tar" in messages(caplog)
-    assert "x.tar" in pairs.name(0)
-
-
-def test_what_is_no_tar_is_named(tmp_path, settings):
-    path = tmp_path / "page.tar"
-    path.write_bytes(b"<html>404</html>" * 100)
-    with pytest.raises(ValueError, match=r"page\.tar.*not an uncompressed tar"):
-        open_pairs(settings(path))
-
-
-def test_a_file_of_no_bytes_is_named(tmp_path, settings):
-    path = tmp_path / "nothing.tar"
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"nothing\.tar"):
-        open_pairs(settings(path))
-
-
-@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
-def test_a_compressed_tar_is_refused(tmp_path, settings, kind):
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, f"w:{kind}") as archive:
-        archive.add(write_images(tmp_path / "folder", "1.png"), "folder")
-    with pytest.raises(ValueError, match=r"x\.tar.*uncompressed"):
-        open_pairs(settings(path))
-
-
-def test_sizes_json_is_compared(tmp_path, settings, caplog):
-    paths = [write_shard(tmp_path / f"{n}.tar", numbered_samples(3)) for n in range(2)]
-    (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": 3, "1.tar": 3}))
-    open_pairs(settings(paths))
-    assert not messages(caplog)
-    (tmp_path / "sizes.json").write_text(json.dumps({"0.tar": 3, "1.tar": 1000, "2.tar": 5}))
-    assert len(open_pairs(settings(paths))) == 6
-    assert "1.tar: holds 3 pairs, sizes.json says 1000" in messages(caplog)
-    assert "0.tar" not in messages(caplog)
-
-
-# The remembered index
-
-
-@pytest.fixture
-def no_scan(monkeypatch):
-    """From here on, reading a tar's headers is an error."""
-
-    def refuse():
-        def _scan(path):
-            raise AssertionError(f"{path} was scanned again")
-
-        monkeypatch.setattr(clipn.shard_index, "scan_shard", _scan)
-
-        class _Inline:
-            def __init__(self, *_):
-                pass
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                pass
-
-            def map(self, function, items):
-                return map(function, items)
-
-        monkeypatch.setattr(clipn.shard_index, "ProcessPoolExecutor", _Inline)
-
-    return refuse
-
-
-def test_the_index_is_remembered(tmp_path, settings, no_scan):
-    path = write_shard(tmp_path / "x.tar", numbered_samples(4))
-    first = open_pairs(settings(path))
-    no_scan()
-    second = open_pairs(settings(path))
-    assert [second[n] for n in range(4)] == [first[n] for n in range(4)]
-
-
-def test_another_choice_of_caption_needs_no_new_scan(tmp_path, settings, no_scan):
-    path = write_tar(tmp_path / "x.tar", {"1.jpg": JPG, "1.txt": b"from txt", "1.json": b'{"caption": "from json"}'})
-    open_pairs(settings(path))
-    no_scan()
-    assert captions(open_pairs(settings(path, caption_key="caption"))) == ["from json"]
-
-
-def test_the_index_is_forgotten_when_the_file_changes(tmp_path, settings, no_scan):
-    path = write_shard(tmp_path / "x.tar", numbered_samples(4))
-    before = path.stat()
-    open_pairs(settings(path))
-    write_shard(path, numbered_samples(4, first=10))
-    assert path.stat().st_size == before.st_size, "the same size: only the time tells"
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1000))
-    assert captions(open_pairs(settings(path)))[0] == "caption 10"
-    write_shard(path, numbered_samples(40))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert len(open_pairs(settings(path))) == 40, "another size: only the size tells"
-    no_scan()
-    other = path.rename(tmp_path / "moved.tar")
-    with pytest.raises(AssertionError, match="moved"):
-        open_pairs(settings(other))
-
-
-def test_a_folder_that_cannot_be_written_costs_only_a_warning(tmp_path, caplog):
-    path = write_shard(tmp_path / "x.tar", numbered_samples(2))
-    (tmp_path / "file").write_text("in the way")
-    assert len(index_shards([path], "txt", str(tmp_path / "file"))) == 2
-    assert "could not be remembered" in messages(caplog)
-
-
-def test_a_broken_memory_is_read_anew(tmp_path, settings):
-    path = write_shard(tmp_path / "x.tar", numbered_samples(2))
-    open_pairs(settings(path))
-    for file in (tmp_path / "index").iterdir():
-        file.write_bytes(file.read_bytes()[:40])
-    assert len(open_pairs(settings(path))) == 2
-
-
-# Patterns
-
-
-def test_braces_count_and_list_in_order(tmp_path):
-    for name in ("train-008.tar", "train-009.tar", "train-010.tar", "val-009.tar", "val-010.tar"):
-        (tmp_path / name).touch()
-
-    def names(pattern):
-        return [path.name for path in expand_patterns(str(tmp_path / pattern))]
-
-    assert names("train-{008..010}.tar") == ["train-008.tar", "train-009.tar", "train-010.tar"]
-    assert names("{val,train}-010.tar") == ["val-010.tar", "train-010.tar"]
-    assert names("{train,val}-{009..010}.tar") == ["train-009.tar", "train-010.tar", "val-009.tar", "val-010.tar"]
-    assert names("train-*.tar") == ["train-008.tar", "train-009.tar", "train-010.tar"]
-    assert names("{val,train}-0?0.tar") == ["val-010.tar", "train-010.tar"]
-    assert names("val-010.tar") == ["val-010.tar"]
-
-
-def test_a_list_of_patterns_keeps_its_order(tmp_path):
-    for name in "abc":
-        (tmp_path / name).touch()
-    patterns = [str(tmp_path / "c"), str(tmp_path / "{a,b}")]
-    assert [path.name for path in expand_patterns(patterns)] == ["c", "a", "b"]
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    (tmp_path / "0.tar").touch()
-    with pytest.raises(FileNotFoundError, match=r"data\.shards=.*\{0\.\.2\}.*1\.tar$"):
-        expand_patterns(str(tmp_path / "{0..2}.tar"))
-    for nothing in (str(tmp_path / "x*.tar"), str(tmp_path), "", []):
-        with pytest.raises(FileNotFoundError, match=r"data\.shards"):
-            expand_patterns(nothing)
+HUGE = png_header(60_000, 60_000)  # a decompression bomb says so in its first bytes
 
 
 # Tables
@@ -420,8 +147,9 @@ def test_ranks_share_the_batch_of_one_process(monkeypatch, ranks):
 def run(tmp_path):
     """A config over a shard of the given samples, and its loader."""
 
+    path = tmp_path / "run.tar"
+
     def _run(samples=None, start=0, batch_size=4, epochs=2, objective="clipn", num_prompts=16, **data):
-        path = tmp_path / "run.tar"
         if not path.exists():
             write_shard(path, numbered_samples(10) if samples is None else samples)
         config = Config()
@@ -430,6 +158,7 @@ def run(tmp_path):
         config.train.batch_size, config.train.epochs, config.train.objective = batch_size, epochs, objective
         return training_loader(config, open_pairs(config.data), default_preprocess(16), spell, start)
 
+    _run.path = path
     return _run
 
 
@@ -450,7 +179,8 @@ def test_a_batch_holds_images_and_tokens(run):
     assert steps == 2 and len(batches) == len(loader) == 4
     for batch in batches:
         assert batch["image"].shape == (4, 3, 16, 16) and batch["image"].dtype == torch.float32
-        assert batch["skipped"].tolist() == [0] * 4
+        assert batch["skipped"].shape == (4, len(CAUSES)) and not batch["skipped"].any()
+        assert batch["number"].tolist() == numbers([batch])
         assert "no_tokens" not in batch
 
 
@@ -536,16 +266,27 @@ def broken(samples: dict, *numbers: int, part: str = "jpg", content: bytes = b"n
 
 
 @pytest.mark.parametrize(
-    "part, content",
-    [("jpg", b"no image"), ("jpg", b""), ("jpg", JPG[:300]), ("txt", b""), ("txt", b" \n"), ("txt", b"\xff\xfe")],
+    "part, content, cause",
+    [
+        ("jpg", b"no image", "broken image"),
+        ("jpg", b"", "empty image file"),
+        ("jpg", JPG[:300], "broken image"),
+        ("jpg", HUGE, "huge image"),
+        ("txt", b"", "empty caption"),
+        ("txt", b" \n", "empty caption"),
+        ("txt", b"\xff\xfe", "caption not in UTF-8"),
+        ("txt", b"a" * 20_000, "caption too long"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_broken_pair_is_replaced_by_the_next_and_counted(run, caplog, part, content):
+def test_a_broken_pair_is_replaced_by_the_next_and_counted(run, caplog, part, content, cause):
     (batch,) = run(broken(numbered_samples(10), 3, 4, part=part, content=content), batch_size=10, epochs=1)[0]
-    assert sorted(numbers([batch])) == sorted([0, 1, 2, 5, 5, 5, 6, 7, 8, 9])
-    by_number = sorted(zip(numbers([batch]), batch["skipped"].tolist(), strict=True))
-    assert [skipped for _, skipped in by_number if skipped] == [1, 2]
-    assert all(number == 5 for number, skipped in by_number if skipped)
-    assert "skipped" in messages(caplog) and "run.tar" in messages(caplog)
+    assert sorted(numbers([batch])) == sorted([0, 1, 2, 5, 5, 5, 6, 7, 8, 9]) == sorted(batch["number"].tolist())
+    by_number = sorted(zip(batch["number"].tolist(), batch["skipped"].tolist(), strict=True))
+    assert [sum(skipped) for _, skipped in by_number if any(skipped)] == [1, 2]
+    assert all(number == 5 for number, skipped in by_number if any(skipped))
+    assert batch["skipped"].sum(dim=0)[CAUSES.index(cause)] == 3
+    assert f"skipped {run.path}" in messages(caplog) and cause in messages(caplog)
 
 
 def test_the_pair_after_the_last_is_the_first(run):
@@ -558,7 +299,8 @@ def test_a_missing_image_of_a_table_is_replaced(tmp_path, run):
     (tmp_path / "x.csv").write_text("filepath,title\n0.png,n 0\ngone.png,n 1\n1.png,\n2.png,n 3\n")
     (batch,) = run(shards=str(tmp_path / "x.csv"), batch_size=4, epochs=1)[0]
     assert sorted(numbers([batch])) == [0, 3, 3, 3]
-    assert sorted(batch["skipped"].tolist()) == [0, 0, 1, 2]
+    assert sorted(batch["skipped"].sum(dim=1).tolist()) == [0, 0, 1, 2]
+    assert dict(zip(CAUSES, batch["skipped"].sum(dim=0).tolist(), strict=True))["empty caption"] == 2
 
 
 def test_too_many_broken_pairs_in_a_row_end_training(run, caplog):

@@ -1,0 +1,169 @@
+"""Features on disk: a folder with manifest.json, which says what they are of, and part_00000.safetensors and so on.
+
+A part holds `part_size` samples. It is written whole or not at all, by one rank; what is there is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
+
+from .distributed import barrier, is_main, rank, world_size
+from .files import whole_file
+from .pairs import leave_signals
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FORMAT = 2  # of a store; another number refuses what was written before
+
+Encode = Callable[[dict[str, Tensor]], dict[str, Tensor]]  # a batch of samples -> tensors to keep, joined over batches
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The mixed-precision context of a `train.precision`; fp32 is none."""
+    return torch.autocast(device.type, DTYPES[precision]) if precision in DTYPES else nullcontext()
+
+
+class FeatureStore:
+    """A folder of parts, and the manifest that says what they are of.
+
+    Opening makes the folder if it is not there. Raises ValueError, with the differences, for one that holds features of
+    something else, or none of whose description is readable.
+    """
+
+    def __init__(self, folder: str | Path, manifest: dict[str, Any]) -> None:
+        self.folder, file = Path(folder), Path(folder) / "manifest.json"
+        if is_main() and not file.is_file():
+            with whole_file(file) as stream:
+                stream.write(json.dumps({"format": _FORMAT} | manifest, indent=2).encode())
+        barrier()
+        self.manifest = _read_manifest(file)
+        expected = json.loads(json.dumps({"format": _FORMAT} | manifest))
+        changes = [
+            f"{key}: {self.manifest.get(key)!r} there, {value!r} now"
+            for key, value in expected.items()
+            if self.manifest.get(key) != value
+        ]
+        if changes:
+            raise ValueError(
+                f"{file}: features of something else: {'; '.join(changes)}. Choose another features.dir, or delete it"
+            )
+
+    @property
+    def samples(self) -> int:
+        """How many samples the features are of, unreadable ones included."""
+        return self.manifest["samples"]
+
+    def __len__(self) -> int:
+        """The number of parts."""
+        return -(-self.samples // self.manifest["part_size"])
+
+    def numbers(self, part: int) -> range:
+        """The samples of a part."""
+        size = self.manifest["part_size"]
+        return range(part * size, min(self.samples, (part + 1) * size))
+
+    def file(self, part: int) -> Path:
+        return self.folder / f"part_{part:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """The parts that are not there yet."""
+        return [part for part in range(len(self)) if not self.file(part).is_file()]
+
+    def write(self, part: int, tensors: dict[str, Tensor]) -> None:
+        """Keep a part. Raises OSError for a full disk; then the part is not there."""
+        with whole_file(self.file(part)) as file:
+            file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+    def read(self, part: int) -> dict[str, Tensor]:
+        """A part's tensors, mapped from the file. Raises ValueError for a file that is not whole."""
+        try:
+            return load_file(self.file(part))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.file(part)}: not a whole feature file ({error}); delete it, and the same command makes it anew"
+            ) from error
+
+    @torch.inference_mode()
+    def fill(
+        self,
+        dataset: Dataset,
+        encode: Encode,
+        batch_size: int,
+        workers: int,
+        name: str,
+        check: Callable[[Tensor, int], None] | None = None,
+    ) -> None:
+        """Make the missing parts: each rank its share, each sample of `dataset` once.
+
+        A sample that is a number is a bad one, and its number the cause: it is left out, and kept under "skipped"
+        [n, 2] with its cause. `check` is called after each part with this rank's skipped ones and how many it has seen.
+        """
+        mine = self.missing()[rank() :: world_size()]
+        barrier()  # before any rank changes what is missing
+        batches = [
+            list(self.numbers(part)[first : first + batch_size])
+            for part in mine
+            for first in range(0, len(self.numbers(part)), batch_size)
+        ]
+        loader = DataLoader(
+            _Numbered(dataset),
+            batch_sampler=batches,
+            num_workers=workers if batches else 0,
+            collate_fn=_readable,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals,
+        )
+        total = sum(map(len, batches))
+        with tqdm(total=total, desc=name, unit="image", disable=None if is_main() else True, leave=False) as bar:
+            found, skipped, seen = iter(loader), [], 0
+            for part in mine:
+                kept: dict[str, list[Tensor]] = {}
+                for _ in range(-(-len(self.numbers(part)) // batch_size)):
+                    batch = next(found)
+                    bar.update(len(batch.pop("read")))
+                    encoded = encode(batch) if len(batch) > 1 else {}
+                    for key, value in {**encoded, "skipped": batch["skipped"]}.items():
+                        kept.setdefault(key, []).append(value)
+                self.write(part, {key: torch.cat(values).cpu() for key, values in kept.items()})
+                skipped, seen = skipped + kept["skipped"], seen + len(self.numbers(part))
+                if check:
+                    check(torch.cat(skipped), seen)
+        barrier()
+
+
+class _Numbered(Dataset):
+    """number -> (number, sample)."""
+
+    def __init__(self, samples: Dataset) -> None:
+        self.samples = samples
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        return number, self.samples[number]
+
+
+def _readable(samples: list[Any]) -> dict[str, Tensor]:
+    """Collate what could be read; "skipped" [n, 2] has the rest, "read" is as long as the batch was."""
+    kept = [sample for _, sample in samples if not isinstance(sample, int)]
+    skipped = [(number, cause) for number, cause in samples if isinstance(cause, int)]
+    batch = default_collate(kept) if kept else {}
+    return {**batch, "skipped": torch.tensor(skipped, dtype=torch.long).view(-1, 2), "read": torch.empty(len(samples))}
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not the manifest of a feature store: {error}; delete its folder") from error
+    if not isinstance(content, dict) or not {"samples", "part_size"} <= content.keys():
+        raise ValueError(f"{file}: not the manifest of a feature store: {content!r}; delete its folder")
+    return content
