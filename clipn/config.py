@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -246,7 +247,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     except Exception as error:  # values that do not suit their YAML tag raise many kinds
         raise ValueError(f"{path}: not valid YAML: {_first_line(error)}") from error
     if not isinstance(content, DictConfig):
-        raise ValueError(f"{path}: expected sections ({_choices('')}), found {content!r}")
+        raise ValueError(f"{path}: expected sections ({_choices('')}), found {reprlib.repr(content)}")
     tree = _merge(OmegaConf.structured(Config), content, str(path))
     for word in overrides:
         tree = _merge(tree, _parse_override(word), f"command line, {word}")
@@ -286,7 +287,8 @@ def _merge(tree: DictConfig, content: DictConfig, source: str) -> DictConfig:
     for section in content:
         value = content._get_node(section)
         if str(section) in _choices("").split(", ") and not isinstance(value, DictConfig):
-            raise ValueError(f"{source}: {section}: expected its keys ({_choices(section)}), found {value!r}")
+            message = f"{source}: {section}: expected its keys ({_choices(section)}), found {reprlib.repr(value)}"
+            raise ValueError(_one_line(message))
     if "base" in content and not content.base:  # merging with nothing would keep what is there
         tree = OmegaConf.merge(tree)
         tree.base = {}

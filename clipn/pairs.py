@@ -42,7 +42,7 @@ CAUSES = (
     "huge image",
     "broken image",
 )
-_MAX_REPLACEMENTS = 20  # unreadable pairs in a row before the data as a whole is called broken
+_MAX_REPLACEMENTS = 20  # bad pairs in a row, drawn at random, before the data as a whole is called broken
 _LONGEST_CAPTION = 10_000  # characters; no tokenizer reads a tenth of that
 
 
@@ -110,7 +110,7 @@ class TablePairs:
         for key, column in (("image_column", image_column), ("caption_column", caption_column)):
             if column not in table.columns:
                 found = ", ".join(table.columns)
-                raise ValueError(f"{path}: no column {column!r} (data.{key}); its columns are: {found}")
+                raise ValueError(f"{path}: no column {column!r} (data.{key}); its columns are: {found!r}")
         if table.empty:
             raise ValueError(f"{path}: holds no rows")
         self.faults: dict[str, int] = {}
@@ -121,7 +121,7 @@ class TablePairs:
 
     def name(self, number: int) -> str:
         """Where a pair lives, for messages."""
-        return f"{self.path}, row {number + 1}: {self.images[number]}"
+        return f"{self.path}, row {number + 1}: {self.images[number]!r}"
 
     def __getitem__(self, number: int) -> Pair:
         path = self.folder / self.images[number]
@@ -177,7 +177,7 @@ def fingerprint(pairs: Pairs) -> list[tuple[str, int]]:
 class PairDataset(Dataset):
     """(epoch, number) -> {"image" [3, H, W], "tokens" [L], "number", "skipped" [causes]}.
 
-    For negated captions also "no_tokens" [L]. A bad pair is replaced by the next one, and counted under its cause in
+    For negated captions also "no_tokens" [L]. A bad pair is replaced by another, and counted under its cause in
     "skipped"; "number" says which pair it is in the end.
     """
 
@@ -195,16 +195,17 @@ class PairDataset(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         epoch, number = item
-        skipped = torch.zeros(len(CAUSES), dtype=torch.long)
-        for place in range(number, number + _MAX_REPLACEMENTS):
-            place %= len(self.pairs)
+        skipped, place = torch.zeros(len(CAUSES), dtype=torch.long), number
+        others = np.random.default_rng([self.seed, epoch, number])
+        for _ in range(_MAX_REPLACEMENTS):
             try:
                 sample = self._sample(*self._read(place), epoch, number)
                 return sample | {"number": place, "skipped": skipped}
             except BadPair as error:
                 log.warning("skipped %s: %s", self.pairs.name(place), error)
                 skipped[CAUSES.index(error.cause)] += 1
-        raise ValueError(f"{_MAX_REPLACEMENTS} unreadable pairs in a row, from {self.pairs.name(number)} on")
+            place = int(others.integers(len(self.pairs)))  # not its neighbour: a whole shard may be bad
+        raise ValueError(f"{_MAX_REPLACEMENTS} pairs in a row are bad, drawn at random after {self.pairs.name(number)}")
 
     def views(self, number: int, epochs: Iterable[int]) -> list[dict[str, torch.Tensor]]:
         """One pair's samples in several epochs, read and decoded once. Raises BadPair."""
@@ -332,7 +333,11 @@ def _json_caption(text: str, key: str) -> str:
         raise BadPair("no caption", f"its .json is broken: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get(key), str):
         found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise BadPair("no caption", f"its .json has no text under {key!r} (data.caption_key); its keys are: {found}")
+        raise BadPair("no caption", f"its .json has no text under {key!r} (data.caption_key); its keys are: {found!r}")
+    try:
+        content[key].encode()
+    except UnicodeEncodeError as error:  # half of a character, written as an escape: not every tokenizer takes it
+        raise BadPair("caption not in UTF-8", error) from error
     return content[key]
 
 
@@ -345,8 +350,8 @@ def _compare_sizes(pairs: ShardPairs) -> None:
             continue
         try:
             sizes = dict(json.loads((folder / "sizes.json").read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{folder / 'sizes.json'}: expected a JSON object of shard: pairs: {error}") from error
         for path, count in zip(pairs.paths, counts, strict=True):
             if isinstance(path, Path) and path.parent == folder and sizes.get(path.name, count) != count:
-                log.warning("%s: holds %d pairs, sizes.json says %s", path, count, sizes[path.name])
+                log.warning("%s: holds %d pairs, sizes.json says %r", path, count, sizes[path.name])

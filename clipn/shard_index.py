@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 FAULTS = ("truncated shard", "image or caption missing", "duplicate key")  # what an index can find
-_FORMAT = 2  # of the remembered files; a new number forgets the old ones
+_FORMAT = 3  # of the remembered files; a new number forgets the old ones
 _COLUMNS = ("image_start", "image_size", "txt_start", "txt_size", "json_start", "json_size")
 
 
@@ -114,10 +114,11 @@ def _scan(path: Location) -> Scan:
     try:
         with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
-                if size and member.offset_data + member.size > size:
-                    faults["truncated shard"] = 1
+                plain = member.isfile() and not member.issparse()
+                end = member.offset_data + member.size if plain else tar.offset
+                if not member.offset_data <= end <= size:  # a size below 0 would lead back, without end
+                    raise tarfile.ReadError("a member ends beyond the file")
+                if not plain:
                     continue
                 folder, _, name = member.name.rpartition("/")
                 key, _, kind = name.partition(".")
@@ -126,7 +127,12 @@ def _scan(path: Location) -> Scan:
                 if kind in parts and kind in ("image", "txt", "json"):
                     faults["duplicate key"] += 1
                 parts.setdefault(kind, (member.offset_data, member.size))
-    except tarfile.ReadError as error:
+            stream.seek(tar.offset)
+            if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # at a broken header tarfile stops without a word
+                raise tarfile.ReadError("a broken header")
+    except OSError:
+        raise
+    except Exception as error:  # tarfile raises many kinds
         if not found and size:
             raise ValueError(f"{path}: not an uncompressed tar file: {error}") from error
         faults["truncated shard"] = 1

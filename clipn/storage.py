@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import glob
 import io
@@ -26,6 +28,8 @@ COPYING = 10  # times as long for filecache::, whose first read fetches the whol
 BLOCK = 5 * 2**20  # bytes that a stream from a URL reads at once
 
 _CACHE = re.compile("(filecache|simplecache|blockcache|cached)::")
+
+_LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # faults of the path or place, not of the disk
 
 T = TypeVar("T")
 
@@ -100,8 +104,9 @@ def patiently(read: Callable[[], T], path: Location) -> T:
         except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
             raise  # trying again would not help
         except Exception as error:  # every kind of storage has its own errors
-            if not is_url(path) and not isinstance(error, OSError):
+            if not is_url(path) and (not isinstance(error, OSError) or error.errno in _LASTING):
                 raise
+            _forget_copy(path)
             if attempt == ATTEMPTS - 1:
                 raise OSError(f"{path}: not readable in {ATTEMPTS} attempts: {type(error).__name__} {error}") from error
             time.sleep(FIRST_PAUSE * 2**attempt)
@@ -177,6 +182,14 @@ def _info(url: str) -> dict[str, Any]:
         if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", None) not in (404, 410):
             raise cause from None  # fsspec calls every failure over http "not found"
         raise
+
+
+def _forget_copy(path: Location) -> None:
+    """What was fetched when a read failed: fsspec would take a part of a file for all of it."""
+    if is_url(path) and _CACHE.match(path):
+        with contextlib.suppress(Exception):  # nothing was fetched
+            files, name = _files(path)
+            files.pop_from_cache(name)
 
 
 def _read(path: Location, start: int, size: int) -> bytes:

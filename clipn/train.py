@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -73,6 +72,7 @@ class Step(NamedTuple):
     loss: float
     terms: dict[str, torch.Tensor]  # of this rank
     grad_norm: float
+    stop: bool  # some rank was asked to stop before the step was over
     due: bool  # some rank asks for a checkpoint
 
 
@@ -151,28 +151,29 @@ class Run:
             for batch in loader:
                 minutes = (time.perf_counter() - saved) / 60
                 due = bool(train.checkpoint_every_minutes) and minutes >= train.checkpoint_every_minutes
-                done = self.take_step(batch, stop, due)
+                done = self.take_step(batch, bool(stop), due)
                 bar.update()
                 ends_epoch = self.step % self.steps_per_epoch == 0
                 if ends_epoch or self.step % train.log_every_steps == 0:
                     self.tell(done, run_log, bar)
                 every = train.checkpoint_every_steps
-                if ends_epoch or stop or done.due or (every and self.step % every == 0):
+                if ends_epoch or done.stop or done.due or (every and self.step % every == 0):
                     self.save(ends_epoch)
                     saved = time.perf_counter()
                 if self.checkpoints:
                     self.checkpoints.check()
-                if stop:
+                if done.stop:  # not `stop`, which may be news to this rank alone
                     break
         barrier()
-        if stop:
+        if self.step < self.total:
+            signal = f"signal {stop[0]}" if stop else "another rank's signal"
             raise Interrupted(
-                f"stopped by signal {stop[0]} after step {self.step} of {self.total}; nothing is lost: "
+                f"stopped by {signal} after step {self.step} of {self.total}; nothing is lost: "
                 f"{last_checkpoint(folder)} is written, and the same command goes on from there"
             )
 
-    def take_step(self, batch: Batch, stop: list[int], due: bool = False) -> Step:
-        """One optimizer step on this rank's share of a global batch; `stop` becomes the same on every rank."""
+    def take_step(self, batch: Batch, stop: bool = False, due: bool = False) -> Step:
+        """One optimizer step on this rank's share of a global batch. What a rank asks for, all are told."""
         skipped, self.numbers = batch.pop("skipped").sum(dim=0), batch.pop("number")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total, self.config.train)
@@ -185,16 +186,14 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # Read only now, when the device has all its work: to read is to wait for it.
-        told = torch.tensor([float(stop[0] if stop else 0), float(due), *skipped.tolist()])
+        told = torch.tensor([float(stop), float(due), *skipped.tolist()])
         shared = mean_over_ranks(torch.cat([torch.stack([loss, grad_norm]), told.to(loss)])).cpu()
-        loss, grad_norm, stopped, due = shared[:4].tolist()
+        loss, grad_norm, stop, due = shared[:4].tolist()
         self.skipped += (shared[4:] * world_size()).round()
         self._check_numbers(loss, grad_norm)
-        if stopped and not stop:
-            stop.append(signal.SIGTERM)
         self.extra = self.objective.after_step()
         self.step += 1
-        return Step(loss, terms, grad_norm, bool(due))
+        return Step(loss, terms, grad_norm, bool(stop), bool(due))
 
     def backward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The gradient of the loss over the whole batch, a micro-batch at a time; returns the loss and its terms."""

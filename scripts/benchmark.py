@@ -160,8 +160,8 @@ def build_work(
 
     return {
         "plain": lambda: plain_step(objective, run.optimizer, precision, images, tokens.to(device)),
-        "online": lambda: run.take_step({"image": images, "tokens": tokens, **told}, []),
-        "features": lambda: run.take_step({**features, "tokens": tokens, **told}, []),
+        "online": lambda: run.take_step({"image": images, "tokens": tokens, **told}),
+        "features": lambda: run.take_step({**features, "tokens": tokens, **told}),
         "extract": extract,
         "evaluate": evaluate,
     }

@@ -19,7 +19,7 @@ set_up() {
     if command -v uv >/dev/null 2>&1; then
         echo "setting up .venv with uv" >&2
         if [ ! -x .venv/bin/python ]; then uv venv --quiet --python '>=3.10' .venv || exit 1; fi
-        uv pip install --quiet --python .venv/bin/python -r requirements.txt || exit 1
+        uv pip install --quiet --compile-bytecode --python .venv/bin/python -r requirements.txt || exit 1
     else
         for PYTHON in .venv/bin/python python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do
             if new_enough "$PYTHON"; then break; fi

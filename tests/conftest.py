@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import numbered_samples, write_shard
 
 from clipn.checkpoint import write_checkpoint
 from clipn.config import DataConfig
@@ -73,6 +74,26 @@ def settings(tmp_path):
         return DataConfig(shards=shards, index_dir=str(tmp_path / "index"), workers=more.pop("workers", 0), **more)
 
     return _settings
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """A run of 2 epochs x 3 steps of 6 pairs on a tiny base CLIP."""
+    write_shard(tmp_path / "pairs.tar", numbered_samples(20, first=40))
+    (tmp_path / "model.json").write_text(json.dumps(architecture()))
+    torch.manual_seed(0)
+    base, made = build_base(architecture())
+    write_checkpoint({"state_dict": base.state_dict(), "architecture": made}, tmp_path / "clip.pt")
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"""
+run: {{dir: {tmp_path}/run, device: cpu}}
+model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clip.pt, num_prompts: 3}}
+data: {{shards: {tmp_path}/pairs.tar, workers: 0, index_dir: {tmp_path}/index}}
+train: {{epochs: 2, batch_size: 6, precision: fp32, log_every_steps: 1, lr: 1e-3, checkpoint_every_steps: 2}}
+"""
+    )
+    return path
 
 
 @pytest.fixture

@@ -44,9 +44,13 @@ def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
 
 
 def numbered_samples(count: int, first: int = 0) -> dict[str, dict[str, bytes]]:
-    """Samples for `write_shard`: number n has the caption "caption n" and an image of the colour (2n, n, 255 - n)."""
+    """Samples for `write_shard`: number n has the caption "caption n" and an image of a colour of its own."""
+
+    def colour(n: int) -> tuple[int, int, int]:
+        return 2 * n % 256, n % 256, (255 - n) % 256
+
     numbers = range(first, first + count)
-    return {f"{n:05d}": {"jpg": jpeg_bytes((2 * n, n, 255 - n)), "txt": f"caption {n}".encode()} for n in numbers}
+    return {f"{n:05d}": {"jpg": jpeg_bytes(colour(n)), "txt": f"caption {n}".encode()} for n in numbers}
 
 
 def write_images(folder: Path, *names: str) -> Path:

@@ -255,6 +255,18 @@ def test_a_section_with_one_value_is_named(write, text):
     assert message.startswith(str(path)) and re.search(r"\btrain\b", message.split("the sections are")[0])
 
 
+HUGE = "0x" + "f" * 5000  # YAML reads it, Python does not write it out in digits
+
+
+@pytest.mark.parametrize(
+    "text", [f"train: {HUGE}", f"[{HUGE}]", f"train: {{epochs: -{HUGE}}}", f"train: {{lr: {HUGE}}}"]
+)
+def test_a_number_of_too_many_digits_is_told_with_the_file(write, text):
+    path = write(text)
+    message = complaint(path)
+    assert message.startswith(str(path)) and len(message) < 1000
+
+
 @pytest.mark.parametrize("text", ["3", "hello", "[1, 2]", "- run: 1"])
 def test_a_file_without_sections_is_told_the_sections(write, text):
     path = write(text)
@@ -297,6 +309,12 @@ def test_a_word_that_is_no_setting_is_told_the_form(write, word):
 def test_a_wrong_word_is_quoted(write, word):
     message = complaint(write(""), word)
     assert message.startswith("command line") and word in message
+
+
+@pytest.mark.parametrize("word", ["data=a\u2028b", "data=a\x1db", "train='a\n b'", "no=a\n b"])
+def test_a_word_of_many_lines_is_refused_in_one(write, word):
+    message = complaint(write(""), word)
+    assert message.startswith("command line") and len(message.splitlines()) == 1
 
 
 def test_an_item_of_a_list_cannot_be_set_but_the_word_is_told(write):

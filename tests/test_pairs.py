@@ -58,6 +58,24 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path, settings):
         open_pairs(settings(tmp_path / "x.csv", image_column="file", caption_column="text"))
 
 
+def test_columns_of_any_name_are_told_in_one_line(tmp_path, settings):
+    (tmp_path / "x.csv").write_text('"two\nlines",title\na.png,b\n')
+    with pytest.raises(ValueError, match="two.*lines") as error:
+        open_pairs(settings(tmp_path / "x.csv"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "a\0b", "a\nb", "x" * 5000, "1.png/x"], ids=lambda name: repr(name)[:8])
+def test_an_image_that_cannot_be_is_a_bad_pair_at_once(tmp_path, run, caplog, monkeypatch, name):
+    monkeypatch.setattr("clipn.storage.time.sleep", lambda seconds: pytest.fail("trying again does not help"))
+    write_images(tmp_path, "1.png")
+    (tmp_path / "x.csv").write_text(f'filepath,title\n"{name}",n 0\n1.png,n 1\n')
+    (batch,) = run(shards=str(tmp_path / "x.csv"), batch_size=2, epochs=1)[0]
+    assert batch["number"].tolist() == [1, 1]
+    skipped = batch["skipped"].sum(dim=0)
+    assert skipped.sum() == skipped[CAUSES.index("unreadable file")] == len(messages(caplog).splitlines())
+
+
 @pytest.mark.parametrize("text", ["", "\n", "filepath,title\n"])
 def test_a_table_without_rows_is_named(tmp_path, settings, text):
     (tmp_path / "x.csv").write_text(text)
@@ -279,34 +297,39 @@ def broken(samples: dict, *numbers: int, part: str = "jpg", content: bytes = b"n
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_broken_pair_is_replaced_by_the_next_and_counted(run, caplog, part, content, cause):
+def test_a_broken_pair_is_replaced_by_another_and_counted(run, caplog, part, content, cause):
     (batch,) = run(broken(numbered_samples(10), 3, 4, part=part, content=content), batch_size=10, epochs=1)[0]
-    assert sorted(numbers([batch])) == sorted([0, 1, 2, 5, 5, 5, 6, 7, 8, 9]) == sorted(batch["number"].tolist())
-    by_number = sorted(zip(batch["number"].tolist(), batch["skipped"].tolist(), strict=True))
-    assert [sum(skipped) for _, skipped in by_number if any(skipped)] == [1, 2]
-    assert all(number == 5 for number, skipped in by_number if any(skipped))
-    assert batch["skipped"].sum(dim=0)[CAUSES.index(cause)] == 3
+    assert numbers([batch]) == batch["number"].tolist() and set(numbers([batch])) >= {0, 1, 2, 5, 6, 7, 8, 9}
+    times = batch["skipped"].sum(dim=1)
+    assert (times > 0).sum() == 2 and times.sum() == batch["skipped"].sum(dim=0)[CAUSES.index(cause)]
     assert f"skipped {run.path}" in messages(caplog) and cause in messages(caplog)
 
 
-def test_the_pair_after_the_last_is_the_first(run):
-    (batch,) = run(broken(numbered_samples(10), 9), batch_size=10, epochs=1)[0]
-    assert sorted(numbers([batch])) == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+def test_replacements_are_alike_in_any_worker_and_other_in_another_epoch(run):
+    samples = broken(numbered_samples(10), *range(5))
+    first, second = list(run(samples, batch_size=10)[0])
+    assert_same_batches(list(run(batch_size=10, workers=2)[0]), [first, second])
+    assert sorted(first["number"].tolist()) != sorted(second["number"].tolist())
+
+
+def test_a_whole_bad_stretch_is_replaced(run):
+    (batch,) = run(broken(numbered_samples(60), *range(30)), batch_size=60, epochs=1)[0]
+    assert min(numbers([batch])) >= 30 and (batch["skipped"].sum(dim=1) > 0).sum() == 30
 
 
 def test_a_missing_image_of_a_table_is_replaced(tmp_path, run):
     write_images(tmp_path, "0.png", "1.png", "2.png")
     (tmp_path / "x.csv").write_text("filepath,title\n0.png,n 0\ngone.png,n 1\n1.png,\n2.png,n 3\n")
     (batch,) = run(shards=str(tmp_path / "x.csv"), batch_size=4, epochs=1)[0]
-    assert sorted(numbers([batch])) == [0, 3, 3, 3]
-    assert sorted(batch["skipped"].sum(dim=1).tolist()) == [0, 0, 1, 2]
-    assert dict(zip(CAUSES, batch["skipped"].sum(dim=0).tolist(), strict=True))["empty caption"] == 2
+    assert set(numbers([batch])) == {0, 3}
+    causes = dict(zip(CAUSES, batch["skipped"].sum(dim=0).tolist(), strict=True))
+    assert causes["empty caption"] >= 1 and causes["unreadable file"] >= 1
 
 
 def test_too_many_broken_pairs_in_a_row_end_training(run, caplog):
     logging.getLogger("clipn").setLevel(logging.ERROR)
     try:
-        with pytest.raises(ValueError, match=r"unreadable pairs in a row, from .*run\.tar"):
+        with pytest.raises(ValueError, match=r"pairs in a row are bad, drawn at random after .*run\.tar"):
             list(run(broken(numbered_samples(40), *range(40)), batch_size=4)[0])
     finally:
         logging.getLogger("clipn").setLevel(logging.NOTSET)

@@ -1,5 +1,6 @@
 """Webdataset shards: where their pairs are found, and that a scan is remembered."""
 
+import io
 import json
 import os
 import tarfile
@@ -8,7 +9,7 @@ import pytest
 from helpers import captions, image_bytes, jpeg_bytes, messages, numbered_samples, write_images, write_shard, write_tar
 
 import clipn.shard_index
-from clipn.pairs import ShardPairs, open_pairs
+from clipn.pairs import BadPair, ShardPairs, open_pairs
 from clipn.shard_index import index_shards
 
 JPG = jpeg_bytes()
@@ -98,6 +99,21 @@ def test_a_caption_key_without_json_is_told(tmp_path, settings):
     assert str(path) in str(error.value)
 
 
+def test_keys_of_any_text_are_told_in_one_line(tmp_path, settings):
+    path = write_tar(tmp_path / "x.tar", {"1.jpg": JPG, "1.json": b'{"two\\nlines": 1, "\\ud800": 2}'})
+    with pytest.raises(ValueError, match="two.*lines") as error:
+        open_pairs(settings(path))
+    assert str(error.value).encode().splitlines() == [str(error.value).encode()]
+
+
+def test_half_a_character_in_a_json_caption_is_a_bad_pair(tmp_path, settings):
+    members = {"1.jpg": JPG, "1.json": b'{"caption": "\\ud800"}', "2.jpg": JPG, "2.txt": b"two"}
+    pairs = open_pairs(settings(write_tar(tmp_path / "x.tar", members)))
+    with pytest.raises(BadPair, match="caption not in UTF-8"):
+        pairs[0]
+    assert pairs[1].caption == "two"
+
+
 def test_a_truncated_shard_keeps_its_whole_samples(tmp_path, settings, caplog):
     whole = write_shard(tmp_path / "whole.tar", numbered_samples(5))
     with tarfile.open(whole) as archive:
@@ -118,6 +134,68 @@ def test_a_truncated_shard_is_told(tmp_path, caplog):
     index = index_shards([whole], "txt", str(tmp_path))
     assert (len(index), index.faults) == (3, {"truncated shard": 1, "image or caption missing": 1})
     assert f"{whole}: 1 truncated shard" in messages(caplog)
+
+
+def with_header(path, name: str, start: int, value: bytes):
+    """The tar with `value` at `start` of a member's header, and the checksum that fits."""
+    with tarfile.open(path) as archive:
+        place = archive.getmember(name).offset
+    content = bytearray(path.read_bytes())
+    content[place + start : place + start + len(value)] = value
+    content[place + 148 : place + 156] = b" " * 8
+    content[place + 148 : place + 156] = b"%06o\0 " % sum(content[place : place + 512])
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("size", [-1024, -1, 2**62, 2**80])
+@pytest.mark.parametrize("kind", [b"0", b"?"], ids=["file", "unknown"])
+def test_a_member_of_impossible_size_is_where_a_shard_ends(tmp_path, size, kind):
+    path = write_shard(tmp_path / "x.tar", numbered_samples(4))
+    with_header(path, "00002.jpg", 156, kind)
+    with_header(
+        path, "00002.jpg", 124, (size % 2**96).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
+    )
+    pairs = ShardPairs([path], index_dir=str(tmp_path))
+    assert captions(pairs) == ["caption 0", "caption 1"] and pairs.faults["truncated shard"] == 1
+
+
+@pytest.mark.parametrize("start", [0, 148], ids=["name", "checksum"])
+def test_a_broken_header_is_where_a_shard_ends_and_is_told(tmp_path, caplog, start):
+    path = write_shard(tmp_path / "x.tar", numbered_samples(4))
+    with tarfile.open(path) as archive:
+        place = archive.getmember("00002.jpg").offset + start
+    path.write_bytes(path.read_bytes()[:place] + b"???" + path.read_bytes()[place + 3 :])
+    pairs = ShardPairs([path], index_dir=str(tmp_path))
+    assert captions(pairs) == ["caption 0", "caption 1"] and pairs.faults == {"truncated shard": 1}
+    assert "x.tar: 1 truncated shard; 2 pairs are used" in messages(caplog)
+
+
+ODD = [{"GNU.sparse.map": "x"}, {"GNU.sparse.size": "9" * 5000}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}]
+
+
+@pytest.mark.parametrize("headers", ODD, ids=lambda headers: next(iter(headers)))
+def test_extended_headers_that_cannot_be_read_end_a_shard(tmp_path, settings, headers):
+    path = write_shard(tmp_path / "x.tar", numbered_samples(2))
+    odd = tarfile.TarInfo("2.jpg")
+    odd.pax_headers, odd.size = headers, len(JPG)
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(odd, io.BytesIO(JPG))
+    pairs = ShardPairs([path], index_dir=str(tmp_path))
+    assert captions(pairs) == ["caption 0", "caption 1"] and pairs.faults == {"truncated shard": 1}
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(odd, io.BytesIO(JPG))
+    with pytest.raises(ValueError, match=r"x\.tar: not an uncompressed tar file"):
+        open_pairs(settings(path))
+
+
+def test_links_and_sparse_members_are_left_out(tmp_path):
+    samples = numbered_samples(1) | {"a": {"jpg": JPG, "txt": b"sparse"}, "b": {"jpg": JPG, "txt": b""}}
+    path = write_shard(tmp_path / "x.tar", samples | numbered_samples(1, 1))
+    with_header(path, "a.txt", 156, tarfile.GNUTYPE_SPARSE)
+    with_header(path, "b.txt", 156, tarfile.SYMTYPE)
+    pairs = ShardPairs([path], index_dir=str(tmp_path))
+    assert captions(pairs) == ["caption 0", "caption 1"] and pairs.faults == {"image or caption missing": 2}
 
 
 def test_a_shard_without_pairs_is_named(tmp_path, settings):
@@ -169,6 +247,14 @@ def test_sizes_json_is_compared(tmp_path, settings, caplog):
     assert len(open_pairs(settings(paths))) == 6
     assert "1.tar: holds 3 pairs, sizes.json says 1000" in messages(caplog)
     assert "0.tar" not in messages(caplog)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b'{"0.tar": ', b"\xff", b"[" * 100_000, b"3"], ids=lambda text: text[:4])
+def test_a_broken_sizes_json_is_named(tmp_path, settings, content):
+    (tmp_path / "sizes.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"sizes\.json: expected") as error:
+        open_pairs(settings(write_shard(tmp_path / "0.tar", numbered_samples(2))))
+    assert "\n" not in str(error.value)
 
 
 # The remembered index

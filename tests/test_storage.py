@@ -1,8 +1,23 @@
 """Files on this machine and behind URLs."""
 
-import pytest
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import repeat
+from pathlib import Path
 
-from clipn.storage import expand_patterns
+import fsspec
+import pytest
+from helpers import messages, numbered_samples, spell, write_shard
+
+import clipn.storage
+from clipn.config import Config, DataConfig
+from clipn.images import default_preprocess
+from clipn.pairs import CAUSES, BadPair, Pairs, open_pairs, training_loader
+from clipn.storage import expand_patterns, read_range, version_of
 
 # Patterns
 
@@ -36,3 +51,246 @@ def test_a_missing_shard_is_named(tmp_path):
     for nothing in (str(tmp_path / "x*.tar"), str(tmp_path), "", []):
         with pytest.raises(FileNotFoundError, match=r"data\.shards"):
             expand_patterns(nothing)
+
+
+# A server with faults
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server, name, asked = self.server, self.path.strip("/").partition("?")[0], self.headers["Range"] or ""
+        server.requests.append(f"{self.command} {name} {asked}")
+        fault = next(server.faults.get(name, iter([])), None)
+        if isinstance(fault, float):
+            server.over.wait(fault)
+        if name not in server.files or fault == "503":
+            return self.send_error(503 if fault else 404)
+        content = server.files[name]
+        if span := server.ranges and re.fullmatch(r"bytes=(\d+)-(\d+)", asked):
+            content = content[int(span[1]) : int(span[2]) + 1]
+        self.send_response(206 if span else 200)
+        for key, value in ({"Content-Length": str(len(content))} | server.headers).items():
+            if value:
+                self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(content[: len(content) // (2 if fault == "cut" else 1)] if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; the next requests for a file meet its `faults`: "503", "cut", or seconds to wait."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, Iterator[str | float | None]] = {}
+        self.headers = {"ETag": '"1"'}
+        self.ranges = True
+        self.requests: list[str] = []
+        self.over = threading.Event()
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+@pytest.fixture
+def server():
+    with Server() as made:
+        threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        yield made
+        made.over.set()
+        made.shutdown()
+
+
+@pytest.fixture
+def shards(server, tmp_path) -> list[Path]:
+    """0.tar with six pairs and 1.tar with one, served too."""
+    paths = [write_shard(tmp_path / f"{n}.tar", numbered_samples(6 - 5 * n, 6 * n)) for n in range(2)]
+    server.files |= {path.name: path.read_bytes() for path in paths}
+    return paths
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """The pauses between attempts, in no time."""
+    made = []
+    monkeypatch.setattr("clipn.storage.time.sleep", made.append)
+    return made
+
+
+def contents(data: DataConfig) -> list[tuple[bytes, str]]:
+    pairs = open_pairs(data)
+    return [tuple(pairs[n]) for n in range(len(pairs))]
+
+
+def first_batch(data: DataConfig, pairs: Pairs) -> dict:
+    config = Config()
+    config.data, config.run.device, config.train.batch_size = data, "cpu", len(pairs)
+    return next(iter(training_loader(config, pairs, default_preprocess(16), spell)[0]))
+
+
+# Shards behind URLs
+
+
+def test_shards_behind_urls_hold_the_pairs_of_the_local_files(server, shards, settings):
+    expected = contents(settings(shards))
+    assert len(expected) == 7
+    assert contents(settings(server.url("{0..1}.tar"))) == expected
+    assert contents(settings([server.url("0.tar"), str(shards[1])])) == expected, "near and far may be mixed"
+    assert contents(settings(server.url("{0..1}.tar?key=a"))) == expected
+
+
+def test_a_glob_matches_what_the_server_lists(server, shards):
+    server.files[""] = b'<a href="0.tar">0</a> <a href="1.tar">1</a> <a href="notes.md">notes</a>'
+    server.headers["Content-Type"] = "text/html"
+    urls = [server.url("0.tar"), server.url("1.tar")]
+    assert expand_patterns(server.url("*.tar")) == urls
+    assert expand_patterns("filecache::" + server.url("*.tar")) == [f"filecache::{url}" for url in urls]
+
+
+def test_workers_read_urls_too(server, shards, settings):
+    data = settings(server.url("{0..1}.tar"), workers=2)
+    batch = first_batch(data, open_pairs(data))
+    assert sorted(batch["number"].tolist()) == list(range(7)) and not batch["skipped"].any()
+
+
+def test_a_shard_is_read_block_by_block(server, shards, settings, monkeypatch):
+    expected = contents(settings(shards))
+    monkeypatch.setattr(clipn.storage, "BLOCK", 1000)
+    monkeypatch.setattr(clipn.storage, "TIMEOUT", 0.5)
+    server.faults = {"0.tar": repeat(0.05)}
+    begin = time.monotonic()
+    assert contents(settings(server.url("{0..1}.tar"))) == expected
+    assert time.monotonic() - begin > 0.5, "the limit is for each read, not for all of a shard"
+
+
+@pytest.mark.parametrize("key", ["ETag", "Last-Modified"])
+def test_the_index_of_a_url_is_remembered_until_the_file_changes(server, shards, settings, key):
+    data, scan = settings(server.url("0.tar")), f"GET 0.tar bytes=0-{shards[0].stat().st_size - 1}"
+    for version, scans in (("1", 1), ("1", 1), ("2", 2)):
+        server.headers = {key: version}
+        assert len(open_pairs(data)) == 6 and server.requests.count(scan) == scans
+    server.files["0.tar"] = write_shard(shards[0], numbered_samples(30)).read_bytes()
+    assert len(open_pairs(data)) == 30, "here only the size tells"
+
+
+def test_a_missing_url_is_told_before_anything_is_read(server, shards, settings, pauses):
+    with pytest.raises(FileNotFoundError, match=re.escape(server.url("gone.tar"))):
+        open_pairs(settings(server.url("{0,1,gone}.tar")))
+    assert not pauses and not any("bytes=" in request for request in server.requests)
+
+
+def test_an_unknown_storage_is_told(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    for url in ("s3://bucket/{0..1}.tar", "s3://bucket/*.tar", "filecache::s3://bucket/0.tar", "nosuch://x/y.tar"):
+        with pytest.raises(ValueError, match=r"data\.shards=.*: .*(Install s3fs|Protocol not known: nosuch)"):
+            open_pairs(settings(url))
+
+
+# Reads that fail
+
+
+def test_a_failed_read_is_tried_again_with_growing_pauses(server, shards, pauses):
+    server.faults["0.tar"] = iter(["503", "cut", "503"])
+    assert read_range(server.url("0.tar"), 5, 20) == shards[0].read_bytes()[5:25]
+    assert pauses == [0.5, 1, 2] and len(server.requests) == 4
+    for fault, told in {"503": "Service Unavailable", "cut": "Payload"}.items():
+        server.faults["0.tar"] = repeat(fault)
+        with pytest.raises(OSError, match=rf"0\.tar: not readable in 4 attempts: .*{told}"):
+            read_range(server.url("0.tar"), 0, 20)
+    assert len(pauses) == 9 and len(server.requests) == 12
+
+
+def test_a_server_that_fails_is_no_missing_file(server, shards, settings, pauses):
+    server.faults["0.tar"] = iter(["503"] * 4)  # a HEAD and a GET in each attempt
+    assert version_of(server.url("0.tar")) == (shards[0].stat().st_size, '"1"')
+    assert pauses == [0.5, 1]
+    server.faults["0.tar"] = repeat("503")
+    with pytest.raises(OSError, match=r"0\.tar: not readable in 4 attempts: .*Service Unavailable"):
+        open_pairs(settings(server.url("0.tar")))
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(OSError, match="not readable in 4 attempts: ClientConnectorError"):
+        version_of(server.url("0.tar"))
+
+
+def test_a_stalled_read_is_given_up_and_tried_again(server, shards, monkeypatch, pauses):
+    monkeypatch.setattr(clipn.storage, "TIMEOUT", 0.5)
+    server.faults["0.tar"] = iter([20.0])
+    begin = time.monotonic()
+    assert read_range(server.url("0.tar"), 5, 20) == shards[0].read_bytes()[5:25]
+    assert time.monotonic() - begin < 10 and pauses == [0.5]
+
+
+@pytest.mark.parametrize("fault", ["503", "cut", 20.0])
+def test_a_pair_that_stays_unreadable_is_replaced_and_counted(server, shards, settings, monkeypatch, caplog, fault):
+    data = settings(server.url("{0..1}.tar"))
+    pairs = open_pairs(data)
+    server.faults["1.tar"] = repeat(fault)
+    monkeypatch.setattr(clipn.storage, "TIMEOUT", 0.3)
+    monkeypatch.setattr(clipn.storage, "FIRST_PAUSE", 0.01)
+    batch = first_batch(data, pairs)
+    assert len(batch["number"]) == 7 and set(batch["number"].tolist()) == set(range(6))
+    assert batch["skipped"].sum() == batch["skipped"].sum(dim=0)[CAUSES.index("unreadable file")] > 0
+    assert re.search(r"skipped .*1\.tar, byte 512: unreadable file: .*not readable in 4 attempts", messages(caplog))
+
+
+def test_a_file_that_ends_too_early_is_told(server, shards):
+    for path in (shards[0], server.url("0.tar")):
+        with pytest.raises(OSError, match=r"0\.tar: ends 10 bytes too early"):
+            read_range(path, shards[0].stat().st_size - 10, 20)
+
+
+def test_a_server_that_gives_no_parts_or_no_size_is_told(server, shards, settings, monkeypatch):
+    server.ranges, url = False, server.url("0.tar")
+    monkeypatch.setattr(clipn.storage, "BLOCK", 1000)
+    for read in (lambda: read_range(url, 512, 20), lambda: open_pairs(settings(url))):
+        with pytest.raises(OSError, match=rf"ignores byte ranges; filecache::{re.escape(url)}"):
+            read()
+    server.headers = {"Content-Length": ""}
+    with pytest.raises(OSError, match=r"0\.tar: the server does not say how large it is"):
+        open_pairs(settings(url))
+
+
+def test_a_cached_url_is_fetched_whole_and_read_from_here(server, shards, settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(fsspec.config.conf, "filecache", {"cache_storage": str(tmp_path / "copies")})
+    server.ranges = False
+    data, expected = settings(f"filecache::{server.url('{0..1}.tar')}"), contents(settings(shards))
+    assert contents(data) == expected
+    assert {path.read_bytes() for path in (tmp_path / "copies").iterdir()} > set(server.files.values())
+    pairs, fetched = open_pairs(data), len(server.requests)
+    assert [tuple(pairs[n]) for n in range(7)] == expected and len(server.requests) == fetched
+    assert version_of(pairs.paths[0]) == version_of(server.url("0.tar")) == (shards[0].stat().st_size, '"1"')
+
+
+def test_a_copy_may_take_longer_and_is_kept_only_when_whole(server, shards, tmp_path, monkeypatch, pauses):
+    monkeypatch.setitem(fsspec.config.conf, "filecache", {"cache_storage": str(tmp_path)})
+    monkeypatch.setattr(clipn.storage, "TIMEOUT", 0.2)
+    server.faults["0.tar"] = iter([None, "cut", None, 0.5])  # it is there, fetched; again
+    whole = shards[0].read_bytes()
+    assert read_range(f"filecache::{server.url('0.tar')}", 0, len(whole)) == whole
+    assert pauses == [0.5] and len(server.requests) == 4
+
+
+def test_a_local_file_that_is_gone_is_an_unreadable_pair(shards, settings, pauses):
+    pairs = open_pairs(settings(shards))
+    shards[1].unlink()
+    with pytest.raises(BadPair, match=r"unreadable file: .*1\.tar"):
+        pairs[6]
+    assert pairs[5].caption == "caption 5" and not pauses
+
+
+def test_a_local_disk_is_tried_again_too(shards, settings, monkeypatch, pauses):
+    pairs, failures = open_pairs(settings(shards)), iter([OSError("disk"), TimeoutError("disk")])
+
+    def flaky(*args):
+        if failure := next(failures, None):
+            raise failure
+        return open(*args)
+
+    monkeypatch.setattr(clipn.storage, "open", flaky, raising=False)
+    assert pairs[3].caption == "caption 3" and pauses == [0.5, 1]
+    failures = repeat(OSError("disk"))
+    with pytest.raises(BadPair, match=r"unreadable file: .*0\.tar: not readable in 4 attempts: OSError disk"):
+        pairs[3]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip.transformer
@@ -24,26 +22,6 @@ from clipn.run_folder import last_checkpoint
 from clipn.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    """A run of 2 epochs x 3 steps of 6 pairs on a tiny base CLIP."""
-    write_shard(tmp_path / "pairs.tar", numbered_samples(20, first=40))
-    (tmp_path / "model.json").write_text(json.dumps(architecture()))
-    torch.manual_seed(0)
-    base, made = build_base(architecture())
-    write_checkpoint({"state_dict": base.state_dict(), "architecture": made}, tmp_path / "clip.pt")
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        f"""
-run: {{dir: {tmp_path}/run, device: cpu}}
-model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clip.pt, num_prompts: 3}}
-data: {{shards: {tmp_path}/pairs.tar, workers: 0, index_dir: {tmp_path}/index}}
-train: {{epochs: 2, batch_size: 6, precision: fp32, log_every_steps: 1, lr: 1e-3, checkpoint_every_steps: 2}}
-"""
-    )
-    return path
 
 
 def weights(path):
@@ -212,30 +190,6 @@ def test_learning_rate_warms_up_then_follows_a_cosine_to_zero():
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.5) and rates[-1] < 1e-3
     assert rates[10:] == sorted(rates[10:], reverse=True)
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("objective", ["clipn", "clip"])
-def test_many_ranks_are_one_process(config_file, tmp_path, ranks, objective):
-    # With a tiny eps, Adam turns the rounding of a gradient that is nearly 0 into a whole step.
-    more = [f"train.objective={objective}", "train.eps=1e-2"]
-    if objective == "clipn":  # where n = g, as at the very start, TSO's gradient is mostly rounding
-        start = train(load_config(config_file, [f"run.dir={tmp_path}/start", "train.epochs=1"]))
-        more.append(f"model.pretrained={start}")
-    alone = train(load_config(config_file, [*more, f"run.dir={tmp_path}/alone"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = ["scripts/train.py", str(config_file), *more]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(weights(alone), weights(tmp_path / "run/checkpoints/last.pt"), rtol=2e-4, atol=2e-5)
-    first, second = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("alone", "run")
-    )
-    assert [line["loss"] for line in second] == pytest.approx([line["loss"] for line in first], rel=1e-4)
 
 
 def metrics(folder) -> list[float]:
