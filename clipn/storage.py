@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import glob
@@ -24,10 +23,7 @@ Location = Path | str  # a local path, or a URL
 ATTEMPTS = 4
 FIRST_PAUSE = 0.5  # seconds between attempts, doubled each time
 TIMEOUT = 60.0  # seconds that a read from a URL may stall
-COPYING = 10  # times as long for filecache::, whose first read fetches the whole file
 BLOCK = 5 * 2**20  # bytes that a stream from a URL reads at once
-
-_CACHE = re.compile("(filecache|simplecache|blockcache|cached)::")
 
 _LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # faults of the path or place, not of the disk
 
@@ -59,7 +55,7 @@ def read_range(path: Location, start: int, size: int) -> bytes:
     """`size` bytes from `start`. Raises OSError when they cannot be read, after some attempts, or are not there."""
     found = patiently(lambda: _read(path, int(start), int(size)), path)
     if len(found) > size:
-        raise OSError(f"{path}: the server ignores byte ranges; filecache::{path} keeps a copy on this machine")
+        raise OSError(f"{path}: the server ignores byte ranges; copy its files to this machine")
     if len(found) < size:
         raise OSError(f"{path}: ends {size - len(found)} bytes too early")
     return found
@@ -100,13 +96,12 @@ def patiently(read: Callable[[], T], path: Location) -> T:
     """
     for attempt in range(ATTEMPTS):
         try:
-            return _within(TIMEOUT * (COPYING if _CACHE.match(path) else 1), read) if is_url(path) else read()
+            return _within(TIMEOUT, read) if is_url(path) else read()
         except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
             raise  # trying again would not help
         except Exception as error:  # every kind of storage has its own errors
             if not is_url(path) and (not isinstance(error, OSError) or error.errno in _LASTING):
                 raise
-            _forget_copy(path)
             if attempt == ATTEMPTS - 1:
                 raise OSError(f"{path}: not readable in {ATTEMPTS} attempts: {type(error).__name__} {error}") from error
             time.sleep(FIRST_PAUSE * 2**attempt)
@@ -139,8 +134,7 @@ def _matches(text: str) -> list[Location]:
             found = patiently(lambda: sorted(files.glob(name)), text)
         except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
             raise ValueError(f"data.shards={text!r}: {error}") from error
-        cache = _CACHE.match(text)
-        return [(cache.group() if cache else "") + files.unstrip_protocol(path) for path in found]
+        return [files.unstrip_protocol(path) for path in found]
     if glob.has_magic(text):
         return [Path(path) for path in sorted(glob.glob(text))]
     return [Path(text)] if Path(text).is_file() else []
@@ -169,12 +163,12 @@ def _files(url: str) -> tuple[Any, str]:
 
 @functools.lru_cache(maxsize=10_000)
 def _files_in(process: int, url: str) -> tuple[Any, str]:
-    # fsspec would make another filecache:: in every thread, that knows nothing of what the others have fetched
+    # fsspec itself would make another in every thread, and connect anew for every read
     return fsspec.core.url_to_fs(url)
 
 
 def _info(url: str) -> dict[str, Any]:
-    files, name = _files(_CACHE.sub("", url))  # a cache has the file's content, but does not know its version
+    files, name = _files(url)
     try:
         return files.info(name)
     except FileNotFoundError as error:
@@ -182,14 +176,6 @@ def _info(url: str) -> dict[str, Any]:
         if type(cause).__module__.startswith("aiohttp") and getattr(cause, "status", None) not in (404, 410):
             raise cause from None  # fsspec calls every failure over http "not found"
         raise
-
-
-def _forget_copy(path: Location) -> None:
-    """What was fetched when a read failed: fsspec would take a part of a file for all of it."""
-    if is_url(path) and _CACHE.match(path):
-        with contextlib.suppress(Exception):  # nothing was fetched
-            files, name = _files(path)
-            files.pop_from_cache(name)
 
 
 def _read(path: Location, start: int, size: int) -> bytes:

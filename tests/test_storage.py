@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
 
-import fsspec
 import pytest
 from helpers import messages, numbered_samples, spell, write_shard
 
@@ -146,7 +145,6 @@ def test_a_glob_matches_what_the_server_lists(server, shards):
     server.headers["Content-Type"] = "text/html"
     urls = [server.url("0.tar"), server.url("1.tar")]
     assert expand_patterns(server.url("*.tar")) == urls
-    assert expand_patterns("filecache::" + server.url("*.tar")) == [f"filecache::{url}" for url in urls]
 
 
 def test_workers_read_urls_too(server, shards, settings):
@@ -183,7 +181,7 @@ def test_a_missing_url_is_told_before_anything_is_read(server, shards, settings,
 
 def test_an_unknown_storage_is_told(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
-    for url in ("s3://bucket/{0..1}.tar", "s3://bucket/*.tar", "filecache::s3://bucket/0.tar", "nosuch://x/y.tar"):
+    for url in ("s3://bucket/{0..1}.tar", "s3://bucket/*.tar", "nosuch://x/y.tar"):
         with pytest.raises(ValueError, match=r"data\.shards=.*: .*(Install s3fs|Protocol not known: nosuch)"):
             open_pairs(settings(url))
 
@@ -246,31 +244,11 @@ def test_a_server_that_gives_no_parts_or_no_size_is_told(server, shards, setting
     server.ranges, url = False, server.url("0.tar")
     monkeypatch.setattr(clipn.storage, "BLOCK", 1000)
     for read in (lambda: read_range(url, 512, 20), lambda: open_pairs(settings(url))):
-        with pytest.raises(OSError, match=rf"ignores byte ranges; filecache::{re.escape(url)}"):
+        with pytest.raises(OSError, match=rf"{re.escape(url)}: the server ignores byte ranges"):
             read()
     server.headers = {"Content-Length": ""}
     with pytest.raises(OSError, match=r"0\.tar: the server does not say how large it is"):
         open_pairs(settings(url))
-
-
-def test_a_cached_url_is_fetched_whole_and_read_from_here(server, shards, settings, tmp_path, monkeypatch):
-    monkeypatch.setitem(fsspec.config.conf, "filecache", {"cache_storage": str(tmp_path / "copies")})
-    server.ranges = False
-    data, expected = settings(f"filecache::{server.url('{0..1}.tar')}"), contents(settings(shards))
-    assert contents(data) == expected
-    assert {path.read_bytes() for path in (tmp_path / "copies").iterdir()} > set(server.files.values())
-    pairs, fetched = open_pairs(data), len(server.requests)
-    assert [tuple(pairs[n]) for n in range(7)] == expected and len(server.requests) == fetched
-    assert version_of(pairs.paths[0]) == version_of(server.url("0.tar")) == (shards[0].stat().st_size, '"1"')
-
-
-def test_a_copy_may_take_longer_and_is_kept_only_when_whole(server, shards, tmp_path, monkeypatch, pauses):
-    monkeypatch.setitem(fsspec.config.conf, "filecache", {"cache_storage": str(tmp_path)})
-    monkeypatch.setattr(clipn.storage, "TIMEOUT", 0.2)
-    server.faults["0.tar"] = iter([None, "cut", None, 0.5])  # it is there, fetched; again
-    whole = shards[0].read_bytes()
-    assert read_range(f"filecache::{server.url('0.tar')}", 0, len(whole)) == whole
-    assert pauses == [0.5] and len(server.requests) == 4
 
 
 def test_a_local_file_that_is_gone_is_an_unreadable_pair(shards, settings, pauses):
