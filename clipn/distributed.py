@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Ranks may wait long for one that indexes shards or draws a world; torchrun ends them when one of them dies.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     try:
         yield
     finally:
@@ -64,6 +67,15 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     everyone = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(everyone, rows.detach().contiguous())
     return torch.cat(everyone)
+
+
+def gather_values(value: Any) -> list[Any]:
+    """Every rank's small Python value, in rank order."""
+    if world_size() == 1:
+        return [value]
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from .checkpoint import read_checkpoint, write_checkpoint
 from .config import Config, TrainConfig, load_config, to_dict
+from .distributed import gather_values
 from .files import second_name
 from .run_log import metrics_file
 
@@ -110,6 +111,9 @@ def find_resume(config: Config) -> dict[str, Any] | None:
     if resume == "never" and any(folder.glob("*.pt")):
         raise ValueError(f"train.resume=never: {folder} holds a run already; choose another run.dir, or delete it")
     path, content = newest_checkpoint(folder)  # after a stop, a run goes on from its own
+    found = gather_values(path and path.name)
+    if len(set(found)) > 1:
+        raise ValueError(f"run.dir: the ranks find {found} in {folder}; it must be a folder that all machines share")
     if not content and resume not in ("auto", "never"):
         path, content = Path(resume), read_checkpoint(resume)
     if not content:

@@ -1,0 +1,33 @@
+"""scripts/benchmark.py: what it times and reports."""
+
+import json
+
+import pytest
+import torch
+
+from scripts import benchmark
+
+
+def test_every_mode_is_timed_and_written(small_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "RESCORED_IMAGES", 500)
+    arguments = ["--model", small_config, "--batch-size", "4", "6", "--rounds", "2", "--device", "cpu"]
+    benchmark.main([*arguments, "--json", str(tmp_path / "times.json")])
+    results = json.loads((tmp_path / "times.json").read_text())["results"]
+    modes = ["plain", "online", "features", "extract", "evaluate"]
+    assert [(row["mode"], row["batch_size"]) for row in results[:-1]] == [(m, b) for b in (4, 6) for m in modes]
+    for row in results[:-1]:
+        assert row["pairs_per_s"] == pytest.approx(1000 * row["batch_size"] / row["ms_per_step"])
+        assert row["model_flops_per_step"] > 0 and row["peak_memory_bytes"] > 0
+    assert results[-1]["mode"] == "rescore" and results[-1]["seconds"] > 0
+    assert "times.json" in capsys.readouterr().out
+    flops = {row["mode"]: row["model_flops_per_step"] for row in results[:3]}
+    assert flops["features"] < flops["online"] < flops["plain"]
+
+
+def test_captions_have_the_length_that_is_asked_for():
+    tokens = benchmark.random_captions(1000, 77, None)
+    ends = tokens.argmax(dim=1)
+    assert (tokens[:, 0] == 49406).all() and (tokens.gather(1, ends[:, None]) == 49407).all()
+    assert 11 < float((ends + 1).float().mean()) < 13
+    assert (benchmark.random_captions(5, 77, 20).argmax(dim=1) == 19).all()
+    assert not torch.equal(tokens[0], tokens[1])
