@@ -97,7 +97,7 @@ def write_checkpoint(content: dict[str, Any], path: str | Path) -> None:
         with whole_file(path) as file:
             torch.save(content, file)
     except RuntimeError as error:  # what torch.save says of a full disk
-        raise OSError(f"{path}: could not be written: {str(error).splitlines()[0]}") from error
+        raise OSError(f"{path}: could not be written (is the disk full?): {str(error).splitlines()[0]}") from error
 
 
 def _flat(state: Any, path: Path) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
@@ -29,19 +29,26 @@ class Augmentation:
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
-    """Decode a file or a file's bytes to RGB.
+    """Decode a file or a file's bytes to RGB: the first frame, upright as its EXIF data says, 8 bits a channel.
 
     Raises OSError, ValueError or PIL's DecompressionBombError when it is no readable image.
     """
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     with Image.open(source) as image:
-        if image.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip, not scale
-            values = np.asarray(image, dtype=np.int64)
-            if image.mode != "I" or values.max() > 255:
-                values = values >> 8
-            image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
+        upright = ImageOps.exif_transpose(image)  # a camera's pictures may lie on their side
+        if upright.mode[0] in "IF":  # 16 bits or a float a pixel, which PIL would clip, not scale
+            upright = _to_8_bits(upright)
+        return upright.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    if image.mode == "F" and values.max() <= 1:
+        values = values * 255
+    elif image.mode not in "IF" or values.max() > 255:
+        values = values / 256
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def train_transform(preprocess: dict, augmentation: Augmentation | None = None) -> Transform:

@@ -1,6 +1,6 @@
 """Hurt a small training run as clusters do, and see what is lost: python scripts/fault_drill.py [FAULT ...]
 
-Faults: kill       kill -9 at random moments, then the same command, until the run is done
+Faults: kill       kill -9 at random moments, then the same command, again and again until the run is done
         stop       SIGTERM at random moments, the same way
         full-disk  no room for a checkpoint
         broken     the newest checkpoint is cut short
@@ -139,25 +139,24 @@ class Drill:
             time.sleep(0.02)
 
 
-def strike(drill: Drill, run: str, number: int, *more: str) -> tuple[str, bool]:
-    """A signal at random moments of a run's life, until it has struck often enough; then to the end."""
-    seconds, struck, lost, codes = drill.expected(*more)[1], 0, [], set()
-    command = drill.command(run, *more)
-    while struck < drill.times:
-        process = drill.start(command)
-        try:
-            process.communicate(timeout=drill.moments.uniform(0.2, 0.9) * seconds)
-            break  # it got to its end
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-        process.communicate()
-        struck += 1
-        codes.add(process.returncode)
-        lost.append(drill.lines(run) - drill.step(run))
-    drill.finish(command)
-    told = f"{struck} times, exit codes {sorted(codes)}; steps lost each time: {min(lost)} to {max(lost)}"
-    bound = EVERY if number == signal.SIGKILL else 0
-    return told, drill.same(run, *more) and max(lost) <= bound
+def strike(drill: Drill, name: str, number: int, *more: str) -> tuple[str, bool]:
+    """A signal at random moments of a run's life, again and again until it is done; then another run's."""
+    seconds, lost, codes, runs, same = drill.expected(*more)[1], [], set(), 0, True
+    while len(lost) < drill.times:
+        run = f"{name}_{runs}"
+        while True:
+            process = drill.start(drill.command(run, *more))
+            try:
+                process.communicate(timeout=drill.moments.uniform(0.1, 0.9) * seconds)
+                break  # it got to its end
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)
+            process.communicate()
+            codes.add(process.returncode)
+            lost.append(drill.lines(run) - drill.step(run))
+        runs, same = runs + 1, same and process.returncode == 0 and drill.same(run, *more)
+    told = f"{len(lost)} times in {runs} runs, codes {sorted(codes)}; {min(lost)} to {max(lost)} steps lost each time"
+    return told, same and max(lost) <= (EVERY if number == signal.SIGKILL else 0)
 
 
 def kill(drill: Drill) -> tuple[str, bool]:

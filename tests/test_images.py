@@ -1,0 +1,154 @@
+"""Images of every kind as RGB pictures, and as the tensors of a model."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import image_bytes, write_images
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from clipn.image_sets import ImageFiles, open_image_set
+from clipn.images import Augmentation, default_preprocess, open_image, train_transform, val_transform
+
+
+def test_every_kind_of_image_opens_as_rgb(tmp_path):
+    rgb = Image.new("RGB", (9, 7), (200, 100, 50))
+    pictures = {
+        "grey.png": rgb.convert("L"),
+        "palette.png": rgb.convert("P"),
+        "palette.gif": rgb.convert("P"),
+        "alpha.png": rgb.convert("RGBA"),
+        "grey_alpha.png": rgb.convert("LA"),
+        "print.jpg": rgb.convert("CMYK"),
+        "bits.png": rgb.convert("1"),
+        "plain.webp": rgb,
+        "plain.bmp": rgb,
+        "plain.tiff": rgb,
+    }
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+    for name in pictures:
+        image = open_image(tmp_path / name)
+        assert (image.mode, image.size) == ("RGB", (9, 7)), name
+        if not name.startswith(("grey", "bits")):
+            assert np.allclose(np.asarray(image).mean(axis=(0, 1)), (200, 100, 50), atol=26), name
+
+
+def test_a_16_bit_image_keeps_its_greys(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    image = open_image(tmp_path / "deep.png")
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+    assert np.allclose(np.asarray(image)[..., 0], ramp / 257.0, atol=2), "not all white"
+
+
+@pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (8, 6)), (6, (6, 0)), (8, (0, 8))])
+def test_a_camera_picture_is_turned_upright(tmp_path, orientation, corner):
+    picture = Image.new("RGB", (9, 7))
+    picture.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(tmp_path / "turned.png", exif=exif)
+    image = open_image(tmp_path / "turned.png")
+    assert image.size == ((9, 7) if orientation < 5 else (7, 9)) and image.getpixel(corner) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0])
+def test_a_picture_of_floats_keeps_its_greys(tmp_path, top):
+    ramp = np.linspace(0, top, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "float.tiff")
+    assert np.allclose(np.asarray(open_image(tmp_path / "float.tiff"))[..., 0], ramp * 255 / top, atol=1)
+
+
+def test_an_animated_image_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert open_image(tmp_path / "moving.gif").getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_bytes_are_images_too():
+    assert open_image(image_bytes((1, 2, 3), (5, 4), "PNG")).getpixel((0, 0)) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", image_bytes()[:200]])
+def test_what_is_no_image_is_refused_or_left_out_with_a_warning(tmp_path, caplog, content):
+    with pytest.raises((OSError, ValueError)):
+        open_image(content)
+    (tmp_path / "bad.jpg").write_bytes(content)
+    assert ImageFiles([tmp_path / "bad.jpg"], val_transform(default_preprocess(8)))[0] == 0
+    assert "bad.jpg is no readable image" in caplog.text
+
+
+def test_image_files_are_decoded_in_order(tmp_path):
+    write_images(tmp_path, "1.png", "2.png")
+    images = open_image_set("two", tmp_path)
+    files = ImageFiles(images.paths, val_transform(default_preprocess(8)))
+    assert len(files) == 2 and files[1]["image"].shape == (3, 8, 8)
+    for file, path in zip(files, images.paths, strict=True):
+        assert torch.equal(file["image"], files.transform(open_image(path)))
+    assert not torch.equal(files[0]["image"], files[1]["image"])
+
+
+# Transforms
+
+HALF = default_preprocess(16) | {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+@pytest.mark.parametrize("make", [train_transform, val_transform])
+@pytest.mark.parametrize("size", [(40, 20), (16, 16), (5, 9), (1, 1)])
+def test_any_size_becomes_the_models(make, size):
+    tensor = make(default_preprocess(16))(Image.new("RGB", size, (10, 20, 30)))
+    assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [train_transform, val_transform])
+def test_images_are_normalised_with_the_given_statistics(make):
+    image = Image.new("RGB", (20, 20), (255, 0, 51))
+    assert torch.allclose(make(HALF)(image)[:, 8, 8], torch.tensor([1.0, -1.0, -0.6]), atol=1e-6)
+    openai = make(default_preprocess(16))(image)[:, 8, 8]
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    expected = [(value - m) / s for value, m, s in zip((1, 0, 0.2), mean, std, strict=True)]
+    assert torch.allclose(openai, torch.tensor(expected), atol=1e-5)
+
+
+def picture(size=(40, 30)) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
+
+
+def test_inference_is_open_clips():
+    expected = image_transform_v2(PreprocessCfg(size=16), is_train=False)(picture())
+    assert torch.equal(val_transform(default_preprocess(16))(picture()), expected)
+
+
+def test_the_default_crop_is_open_clips():
+    ours, theirs = train_transform(HALF), image_transform_v2(PreprocessCfg(**HALF), is_train=True)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = theirs(picture())
+        torch.manual_seed(seed)
+        assert torch.equal(ours(picture()), expected)
+
+
+def test_augmentations_do_what_they_say():
+    left, right = Image.new("RGB", (16, 16)), Image.new("RGB", (16, 16))
+    left.paste((255, 255, 255), (0, 0, 8, 16))
+    right.paste((255, 255, 255), (8, 0, 16, 16))
+    whole = {"crop_scale": (1.0, 1.0)}
+    mirrored = train_transform(HALF, Augmentation(**whole, flip=1.0))(left)
+    assert torch.equal(mirrored, train_transform(HALF, Augmentation(**whole))(right))
+    grey = Image.new("RGB", (16, 16), (60, 120, 180))
+    erased = train_transform(HALF, Augmentation(**whole, erase=1.0))(grey)
+    assert 0 < (erased == 0).all(dim=0).float().mean() < 0.3
+    jittered = train_transform(HALF, Augmentation(**whole, color_jitter=0.5))
+    assert len({tuple(jittered(grey)[:, 0, 0].tolist()) for _ in range(5)}) > 1
+    plain = train_transform(HALF, Augmentation(**whole))
+    assert len({tuple(plain(grey)[:, 0, 0].tolist()) for _ in range(5)}) == 1
+
+
+def test_images_beside_folders_are_all_taken_without_labels(tmp_path):
+    write_images(tmp_path, "1.png", "2.png", "sub/3.png")
+    images = open_image_set("mixed", tmp_path)
+    assert len(images) == 3 and images.labels == [] and images.classes == []
+    with pytest.raises(ValueError, match="beside its class folders"):
+        open_image_set("mixed", tmp_path, classes=["sub"])
