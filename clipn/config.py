@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class RunConfig:
             _require(
                 all(0 <= seed < 2**31 for seed in seeds), key, getattr(self, key[4:]), "0 or more, up to 2147483647"
             )
-        known = self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()
+        known = self.device in ("auto", "cpu", "cuda") or bool(re.fullmatch(r"cuda:[0-9]+", self.device))
         _require(known, "run.device", self.device, "one of auto, cpu, cuda, cuda:N")
 
 
@@ -265,7 +266,11 @@ def base_config(config: Config) -> Config | None:
     own = OmegaConf.create(to_dict(config) | {"base": {}, "eval": {}})
     if config.train.resume != "never":
         own.train.resume = "auto"  # a path is meant for the run itself
-    own.data.source, own.train.micro_batch_size = "pairs", None  # only CLIPN's own training has frozen towers
+    # What only CLIPN's own training reads: a base serves runs that differ in it.
+    own.data.source, own.train.micro_batch_size = "pairs", None
+    own.features, own.model.num_prompts = FeaturesConfig(), ModelConfig().num_prompts
+    for key in ("itbo_weight", "tso_weight", "tso_kind"):
+        own.train[key] = getattr(TrainConfig(), key)
     tree = _merge(tree, own, "base")
     tree = _merge(tree, OmegaConf.create(config.base), "base")
     tree.run.dir, tree.run.seeds = str(Path(config.run.dir) / "base"), []

@@ -43,6 +43,7 @@ CAUSES = (
     "broken image",
 )
 _MAX_REPLACEMENTS = 20  # bad pairs in a row, drawn at random, before the data as a whole is called broken
+_TRIED = 5  # pairs whose captions are looked for before anything else is done
 _LONGEST_CAPTION = 10_000  # characters; no tokenizer reads a tenth of that
 
 
@@ -151,12 +152,18 @@ def open_pairs(data: DataConfig) -> Pairs:
     _compare_sizes(pairs)
     lost = sum(count for fault, count in pairs.faults.items() if fault != "truncated shard")
     check_bad_fraction(lost, len(pairs) + lost, pairs.faults, data)
-    try:
-        pairs[0]
-    except BadPair as error:
-        if error.cause == "no caption":  # a wrong setting, more often than a broken pair
-            raise ValueError(f"{pairs.name(0)}: {error}") from error
+    refused = [error for number in range(min(_TRIED, len(pairs))) if (error := _no_caption(pairs, number))]
+    if len(refused) == min(_TRIED, len(pairs)):  # a wrong setting, more often than broken pairs
+        raise ValueError(f"{pairs.name(0)}: {refused[0]}")
     return pairs
+
+
+def _no_caption(pairs: Pairs, number: int) -> BadPair | None:
+    try:
+        pairs[number]
+    except BadPair as error:
+        return error if error.cause == "no caption" else None
+    return None
 
 
 def check_bad_fraction(bad: int, seen: int, causes: dict[str, int], data: DataConfig) -> None:

@@ -83,13 +83,13 @@ def shard_files(rng: random.Random) -> Files:
     files, paths = {}, [f"{number}.tar" for number in range(rng.choice((1, 1, 2)))]
     for path in paths:
         data, places = _tar(rng)
-        for _ in range(rng.choice((0, 1, 1, 2))):
+        for _ in range(rng.choice((0, 0, 1, 1, 2))):
             data = _forged(rng, data, rng.choice(places))
-        files[path] = _mutated(rng, data) if rng.random() < 0.4 else data
+        files[path] = _mutated(rng, data) if rng.random() < 0.3 else data
     if rng.random() < 0.05:
         files["sizes.json"] = rng.choice((*JSONS, b'{"0.tar": 3}', b'{"0.tar": "\\n"}', b'[["0.tar", 1]]'))
-    key = rng.choice((None, None, "caption", "alt", "\n"))
-    return files | _settings(shards=paths, caption_key=key, max_bad_fraction=rng.choice((1.0, 1.0, 0.05)))
+    key = rng.choice((*[None] * 6, "caption", "alt", "\n"))
+    return files | _settings(shards=paths, caption_key=key, max_bad_fraction=rng.choice((*[1.0] * 9, 0.05)))
 
 
 def table_files(rng: random.Random) -> Files:
@@ -97,37 +97,35 @@ def table_files(rng: random.Random) -> Files:
     path, mark = rng.choice((("x.csv", ","), ("x.tsv", "\t")))
     rows = [["filepath", "title", *rng.choice(([], [], ["é"], ["title"], ["", ""], ["\n"]))]]
     rows[0] = rows[0] if rng.random() < 0.9 else rng.sample(rows[0], rng.randrange(len(rows[0])))
-    for _ in range(rng.randint(0, 8)):
+    for _ in range(rng.choice((0, *range(1, 9)))):
         caption = _caption(rng, "txt").decode("latin-1")
         rows.append(
-            [rng.choice(PLACES[:2] if rng.random() < 0.6 else PLACES), caption, *rng.choice(([], [], ["more"]))]
+            [rng.choice(PLACES[:2] if rng.random() < 0.6 else PLACES), caption, *rng.choice((*[[]] * 9, ["more"]))]
         )
     if rng.random() < 0.8:
         rows = [['"' + word.replace('"', '""') + '"' for word in row] for row in rows]
     text = rng.choice(("\n", "\n", "\r\n", "\r")).join(mark.join(row) for row in rows)
-    data = text.encode(rng.choice(("utf-8", "utf-8", "utf-8", "utf-8-sig", "latin-1", "utf-16")), "replace")
-    names = [rng.choice([name] * 9 + ["", "é", "\n", "Unnamed: 2"]) for name in ("filepath", "title")]
+    data = text.encode(rng.choice((*["utf-8"] * 7, "utf-8-sig", "latin-1", "utf-16")), "replace")
+    names = [rng.choice([name] * 30 + ["", "é", "\n", "Unnamed: 2"]) for name in ("filepath", "title")]
     images = {name: _image(rng) for name in PLACES[:2]}
     more = _settings(shards=path, image_column=names[0], caption_column=names[1])
-    return {path: _mutated(rng, data) if rng.random() < 0.6 else data} | images | more
+    return {path: _mutated(rng, data) if rng.random() < 0.4 else data} | images | more
 
 
 def config_files(rng: random.Random) -> Files:
-    """A config, most often one of the project's with some lines changed, and words of the command line."""
-    known = [*_keys(), "base.train.lr", "eval.id.x", "no"]
-    lines = rng.choice([path.read_text("utf-8") for path in sorted(CONFIGS.glob("*.yaml"))] + [""]).split("\n")
-    for _ in range(rng.choice((0, 1, 2, 3))):
-        section, _, name = rng.choice(known).rpartition(".")
-        new = f"{section or 'run'}: {{{name}: {rng.choice(VALUES)}}}"
-        at = rng.randrange(len(lines) + 1)
-        changed = f"{''.join(lines[at : at + 1]).partition(':')[0]}: {rng.choice(VALUES)}"
-        lines[at : at + rng.choice((0, 1, 1))] = rng.choice(([new], [changed], [changed], [], lines[at:], [_bomb(rng)]))
+    """A config, one of the project's or of random values, with some lines changed, and words of the command line."""
+    projects = [path.read_text("utf-8") for path in sorted(CONFIGS.glob("*.yaml"))]
+    lines = (rng.choice(projects) if rng.random() < 0.5 else _values(rng)).split("\n")
+    for _ in range(rng.choice((0, 0, 0, 1, 2))):
+        at = rng.randrange(len(lines))
+        changed = f"{lines[at].partition(':')[0]}: {rng.choice(VALUES)}"
+        lines[at : at + 1] = rng.choice((*[[changed]] * 6, [""], lines[at : at + 1] * 2, [lines[at], _bomb(rng)]))
     data = "\n".join(lines).encode()
     words = []
     for _ in range(rng.choice((0, 0, 1, 2, 3))):
-        word = f"{rng.choice(known)}={rng.choice(VALUES)}".encode()
+        word = f"{rng.choice((*_keys(), 'base.train.lr', 'eval.id.x', 'no'))}={rng.choice(VALUES)}".encode()
         words.append((_mutated(rng, word) if rng.random() < 0.3 else word).decode("utf-8", "surrogateescape"))
-    return {"x.yaml": _mutated(rng, data) if rng.random() < 0.3 else data} | _settings(words=words)
+    return {"x.yaml": _mutated(rng, data) if rng.random() < 0.2 else data} | _settings(words=words)
 
 
 def _settings(**values: Any) -> Files:
@@ -177,13 +175,12 @@ def _caption(rng: random.Random, kind: str) -> bytes:
 
 def _tar(rng: random.Random) -> tuple[bytes, list[int]]:
     """A tar of some samples, and where its headers are."""
-    stream, places = io.BytesIO(), []
+    stream, places, texts = io.BytesIO(), [], rng.choice((["txt"], ["json"], ["txt", "json"]))
     with tarfile.open(fileobj=stream, mode="w", format=rng.choice((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT))) as archive:
-        for number in range(rng.randint(1, 8)):
-            stem = rng.choice(STEMS) if rng.random() < 0.3 else f"{number:05d}"
-            kinds = ["jpg", rng.choice(("txt", "txt", "json"))]
-            kinds = [rng.choice(KINDS) if rng.random() < 0.1 else kind for kind in kinds]
-            for kind in rng.choice((kinds, kinds, kinds, kinds[::-1], [*kinds, "json"], kinds[:1], kinds * 2)):
+        for number in range(rng.randint(2, 9)):
+            stem = rng.choice(STEMS) if rng.random() < 0.2 else f"{number:05d}"
+            kinds = [rng.choice(KINDS) if rng.random() < 0.05 else kind for kind in ("jpg", rng.choice(texts))]
+            for kind in rng.choice((*[kinds] * 5, kinds[::-1], [*kinds, "json"], kinds[:1], kinds * 2)):
                 content = _image(rng) if kind.lower() in IMAGE_KINDS else _caption(rng, kind)
                 places.append(archive.offset)
                 archive.addfile(_member(rng, f"{stem}.{kind}", len(content)), io.BytesIO(content))
@@ -194,9 +191,9 @@ def _member(rng: random.Random, name: str, size: int) -> tarfile.TarInfo:
     """A tar header, sometimes of an odd type or with extended headers."""
     member = tarfile.TarInfo(name)
     member.size = size
-    if rng.random() < 0.1:
+    if rng.random() < 0.07:
         member.type, member.linkname = rng.choice(TYPES), rng.choice(STEMS)
-    if rng.random() < 0.15:
+    if rng.random() < 0.07:
         member.pax_headers = {key: rng.choice(PAX[key]) for key in rng.sample(list(PAX), rng.randint(1, 4))}
     return member
 
@@ -220,6 +217,15 @@ def _keys(section: Any = Config, prefix: str = "") -> Iterator[str]:
         yield prefix + field.name
         if is_dataclass(field.default_factory):
             yield from _keys(field.default_factory, f"{prefix}{field.name}.")
+
+
+def _values(rng: random.Random) -> str:
+    """A config of odd values for some keys."""
+    sections: dict[str, list[str]] = {}
+    for key in rng.sample([key for key in _keys() if "." in key], rng.randint(0, 3)):
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).append(f"{name}: {rng.choice(VALUES)}")
+    return "\n".join(f"{section}: {{{', '.join(entries)}}}" for section, entries in sections.items())
 
 
 def _bomb(rng: random.Random) -> str:
