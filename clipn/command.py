@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from .distributed import is_main
-from .interrupt import Interrupted
+from .distributed import is_main, rank
+from .interrupt import Interrupted, heed_signals
 
 FAILED = 1  # the message says what to change
 RESUME = 75  # stopped on request: the same command goes on
@@ -21,25 +19,29 @@ log = logging.getLogger("clipn")
 
 
 def start_log(folder: str | Path) -> None:
-    """Send the package's messages to the terminal and to the file `log` in a run's folder (rank 0 only)."""
+    """Send the package's messages to the terminal and to the file `log` in a run's folder.
+
+    Of the other ranks, warnings go to `log.rankN` and errors to the terminal.
+    """
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
-    log.setLevel(logging.INFO if is_main() else logging.ERROR)
+    log.setLevel(logging.INFO if is_main() else logging.WARNING)
     log.propagate = False
     terminal = logging.StreamHandler()
+    terminal.setLevel(logging.INFO if is_main() else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
-    if is_main():
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(folder) / "log", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(file)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    name = "log" if is_main() else f"log.rank{rank()}"
+    file = logging.FileHandler(Path(folder) / name, encoding="utf-8", delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(file)
 
 
 def fail_in_one_line(main: Callable[[], None]) -> None:
     """Run a command; an error that its user can mend is one line on stderr, not a traceback."""
-    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C does; training has its own way to stop
+    heed_signals()  # training has its own way to stop
     try:
         main()
     except Interrupted as stopped:
@@ -52,10 +54,6 @@ def fail_in_one_line(main: Callable[[], None]) -> None:
         # An error from a decoding process comes with that process's traceback; its last line is the error.
         log.error("error: %s", (str(error).strip().splitlines() or [type(error).__name__])[-1])
         sys.exit(FAILED)
-
-
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _command() -> str:

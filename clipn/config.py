@@ -131,7 +131,7 @@ class FeaturesConfig:
     dtype: str = "float16"  # of the pairs' features on disk: float16 | float32
     precision: str | None = None  # of the towers, while pairs are encoded; null: as train.precision
     batch_size: int = 256  # images encoded at once, on each rank
-    part_size: int = 4096  # pairs or images in a file: what a kill costs at most
+    part_size: int = 1024  # pairs or images in a file: what a kill costs at most, and what ranks share
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "features.dir", self.dir, "a folder")
@@ -201,6 +201,9 @@ class EvalConfig:
     templates: Any = "clipn-release"  # clipn-release | openai | simple | a .txt file | a list
     methods: list[str] = field(default_factory=lambda: ["MSP", "MaxLogit", "Energy", "MCM", "CTW", "ATD"])
     scale: float = 100.0
+    train: Any = None  # training images of the ID classes, as `id`: kNN, Mahalanobis, RMD, ViM, Residual, ReAct
+    words: str | None = None  # a word list or WordNet's database folder: NegLabel, CSP
+    bootstrap: int = 0  # draws for confidence intervals; 0: none
     checkpoints: Any = None  # a path, a glob or a list: mean and deviation over them; null: this run's own
     batch_size: int = 256
     precision: str = "fp32"  # fp32 | bf16 | fp16
@@ -210,6 +213,7 @@ class EvalConfig:
         _require(self.precision in PRECISIONS, "eval.precision", self.precision, f"one of {PRECISIONS}")
         _require(self.scale > 0, "eval.scale", self.scale, "a positive number")
         _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "1 or more")
+        _require(self.bootstrap >= 0, "eval.bootstrap", self.bootstrap, "0 or more draws")
         _require(bool(self.methods), "eval.methods", self.methods, "at least one score")
         _require(self.id is None or bool(self.ood), "eval.ood", self.ood, "at least one image set beside eval.id")
 
@@ -334,14 +338,25 @@ def _parse_override(word: str) -> DictConfig:
     if not equals or not key:
         raise ValueError(f"command line, {word!r}: expected key=value, such as train.lr=1e-4")
     try:
-        return OmegaConf.from_dotlist([word])
-    except Exception:  # not YAML, such as a glob that starts with *: then it is the text as it stands
+        if not _is_text(key) or text in ("", "null") or text[0] in "'\"":
+            return OmegaConf.from_dotlist([word])
+        raise ValueError
+    except (
+        Exception
+    ):  # a text as it stands: 2024_11_21 is no number then; or not YAML, such as a glob that starts with *
         tree = OmegaConf.create()
         try:
             OmegaConf.update(tree, key, text)
         except Exception as error:
             raise ValueError(_explain(error, f"command line, {word!r}")) from error
         return tree
+
+
+def _is_text(key: str) -> bool:
+    """Whether a setting is typed as a text."""
+    section, _, name = key.partition(".")
+    settings = getattr(Config(), section, None)
+    return is_dataclass(settings) and any(f.name == name and f.type.startswith("str") for f in fields(settings))
 
 
 def _explain(error: Exception, source: str) -> str:

@@ -17,9 +17,10 @@ from torch import Tensor
 from .checkpoint import read_checkpoint
 from .config import Config
 from .distributed import choose_device, is_main
-from .features import image_set_features
+from .features import image_set_features, weights_hash
 from .head import Head, build_head
 from .image_sets import ImageSet, open_image_sets
+from .methods import Score, check_methods, feature_methods, image_methods
 from .metrics import ood_metrics
 from .model import CLIPN, create_model_and_transforms, get_tokenizer, load_model
 from .prompts import load_class_names, load_templates
@@ -40,6 +41,7 @@ class SetScores:
     scores: dict[str, np.ndarray]  # by method: [N], higher means ID
     says_ood: dict[str, np.ndarray]  # by threshold-free decision: [N] bool
     predicted: np.ndarray  # [N] class indices
+    p_yes: np.ndarray  # [N], of the predicted class
 
 
 class Evaluation(NamedTuple):
@@ -47,8 +49,8 @@ class Evaluation(NamedTuple):
 
     results: pd.DataFrame  # RESULT_COLUMNS
     decisions: pd.DataFrame
-    image_sets: list[ImageSet]  # the ID set first, and without what is unreadable
-    scores: dict[str, dict[str, np.ndarray]]  # by set and method, of the first checkpoint
+    found: dict[str, SetScores]  # by set, the ID set first, of the first checkpoint
+    class_names: list[str]
 
 
 def evaluate(config: Config) -> Evaluation:
@@ -61,27 +63,26 @@ def evaluate(config: Config) -> Evaluation:
     """
     settings = config.eval
     methods, templates = check_texts(config)
-    id_sets, ood_sets = open_image_sets(settings.id, "eval.id"), open_image_sets(settings.ood, "eval.ood")
-    if len(id_sets) != 1:
-        raise ValueError(f"eval.id: expected one image set, found {', '.join(s.name for s in id_sets)}")
-    if id_sets[0].name in [s.name for s in ood_sets]:
-        raise ValueError(f"eval.ood: {id_sets[0].name!r} is the name of the ID set; give one of them another")
-    class_names = load_class_names(settings.class_names, id_sets[0].classes)
+    id_set, ood_sets, train_set = _open_sets(config)
+    class_names = load_class_names(settings.class_names, id_set.classes)
     rows, decisions, first = [], [], None
     for model, seed in _models(config):
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
-        found = _judge(config, model, head, [*id_sets, *ood_sets])
+        train = next(image_set_features(config, model, [train_set])) if train_set else None
+        known = (train[1], train[0].labels) if train else None
+        more = feature_methods(settings, model, head, class_names, known, Path(config.run.dir))
+        found = _judge(config, model, head, [id_set, *ood_sets], more)
         first = first or found
-        rows += _result_rows(id_sets[0], ood_sets, found, methods, seed)
-        decisions += _decision_rows(id_sets[0], ood_sets, found, seed)
+        rows += _result_rows(id_set, ood_sets, found, methods, seed)
+        decisions += _decision_rows(id_set, ood_sets, found, seed)
     evaluation = Evaluation(
         pd.DataFrame(rows, columns=RESULT_COLUMNS),
         pd.DataFrame(decisions),
-        [set_scores.images for set_scores in first.values()],
-        {name: set_scores.scores for name, set_scores in first.items()},
+        first,
+        class_names,
     )
     if is_main():
-        write_report(Path(config.run.dir), *evaluation)
+        write_report(Path(config.run.dir), *evaluation, bootstrap=settings.bootstrap)
     return evaluation
 
 
@@ -96,30 +97,42 @@ def check_texts(config: Config) -> tuple[list[str], list[str]]:
 
     Raises ValueError or FileNotFoundError that names an unknown one and the choices.
     """
-    for method in config.eval.methods:
-        if method not in SCORES:
-            raise ValueError(f"eval.methods: unknown score {method!r}; the scores are: {', '.join(SCORES)}")
+    check_methods(config.eval)
     return config.eval.methods, load_templates(config.eval.templates)
 
 
 @torch.no_grad()
 def score_features(
-    head: Head, images: ImageSet, features: Tensor, methods: Sequence[str], scale: float = 100.0, block: int = 1024
+    head: Head,
+    images: ImageSet,
+    features: Tensor,
+    methods: Sequence[str],
+    scale: float = 100.0,
+    block: int = 1024,
+    more: dict[str, Score] | None = None,
+    taken: dict[str, Tensor] | None = None,
 ) -> SetScores:
-    """A set's [N, D] image features -> every score and decision, a block of images at a time."""
-    scores = {name: torch.empty(len(features)) for name in methods}
+    """A set's [N, D] image features -> every score and decision, a block of images at a time.
+
+    more: the methods that look at features rather than logits; taken: those that were taken of the images, [N] each.
+    """
+    more, taken = more or {}, taken or {}
+    scores = {name: taken.get(name, torch.empty(len(features))) for name in methods}
     says_ood = {name: torch.empty(len(features), dtype=torch.bool) for name in DECISIONS}
-    predicted = torch.empty(len(features), dtype=torch.long)
+    predicted, p_yes = torch.empty(len(features), dtype=torch.long), torch.empty(len(features))
     for start in range(0, len(features), block):
         rows = slice(start, start + block)
-        logits_yes, logits_no = head(features[rows].to(head.weight_yes.device), scale)
+        part = features[rows].to(head.weight_yes.device)
+        logits_yes, logits_no = head(part, scale)
         for name in methods:
-            scores[name][rows] = SCORES[name](logits_yes, logits_no, scale)
+            if name not in taken:
+                scores[name][rows] = more[name](part) if name in more else SCORES[name](logits_yes, logits_no, scale)
         for name, decide in DECISIONS.items():
             says_ood[name][rows] = decide(logits_yes, logits_no)
         predicted[rows] = logits_yes.argmax(dim=1)
+        p_yes[rows] = SCORES["CTW"](logits_yes, logits_no, scale)
     scores, says_ood = ({name: value.numpy() for name, value in found.items()} for found in (scores, says_ood))
-    return SetScores(images, scores, says_ood, predicted.numpy())
+    return SetScores(images, scores, says_ood, predicted.numpy(), p_yes.numpy())
 
 
 def find_checkpoints(config: Config) -> list[str]:
@@ -168,12 +181,37 @@ def _seed_of(content: dict[str, Any], default: int) -> int:
     return ((content.get("config") or {}).get("run") or {}).get("seed", default)
 
 
-def _judge(config: Config, model: CLIPN, head: Head, image_sets: Sequence[ImageSet]) -> dict[str, SetScores]:
-    found = {}
-    for images, features in image_set_features(config, model, image_sets):
+def _open_sets(config: Config) -> tuple[ImageSet, list[ImageSet], ImageSet | None]:
+    """The ID set, the OOD sets, and the ID training images if there are any."""
+    settings = config.eval
+    id_sets, ood_sets = open_image_sets(settings.id, "eval.id"), open_image_sets(settings.ood, "eval.ood")
+    train_sets = open_image_sets(settings.train, "eval.train") if settings.train else []
+    for key, sets in (("eval.id", id_sets), ("eval.train", train_sets)):
+        if len(sets) > 1:
+            raise ValueError(f"{key}: expected one image set, found {', '.join(s.name for s in sets)}")
+    id_set, train_set = id_sets[0], train_sets[0] if train_sets else None
+    if id_set.name in [s.name for s in ood_sets]:
+        raise ValueError(f"eval.ood: {id_set.name!r} is the name of the ID set; give one of them another")
+    if train_set and train_set.classes and train_set.classes != id_set.classes:
+        raise ValueError(
+            f"eval.train: its class folders ({', '.join(train_set.classes[:5])}, ...) are not those of eval.id "
+            f"({', '.join(id_set.classes[:5])}, ...)"
+        )
+    return id_set, ood_sets, train_set
+
+
+def _judge(
+    config: Config, model: CLIPN, head: Head, image_sets: Sequence[ImageSet], more: dict[str, Score]
+) -> dict[str, SetScores]:
+    settings, found = config.eval, {}
+    of_images = image_methods(settings, model, head)
+    depends_on = f"{weights_hash(head)} {settings.scale}"
+    for images, features, taken in image_set_features(config, model, image_sets, of_images, depends_on):
         if images.left_out:
             log.warning("%s: %d images are unreadable and left out", images.name, len(images.left_out))
-        found[images.name] = score_features(head, images, features, config.eval.methods, config.eval.scale)
+        found[images.name] = score_features(
+            head, images, features, settings.methods, settings.scale, more=more, taken=taken
+        )
     return found
 
 
@@ -194,12 +232,25 @@ def _result_rows(
 def _decision_rows(
     id_set: ImageSet, ood_sets: Sequence[ImageSet], found: dict[str, SetScores], seed: int
 ) -> list[dict]:
-    """The threshold-free decisions: the share of ID that is kept, of OOD that is found, and of both that is right."""
-    rows = []
+    """The threshold-free decisions: shares of ID kept and lost, of OOD found and missed, and of both judged rightly.
+
+    open_accuracy is that of the classes and "none of them" as C + 1 answers.
+    """
+    rows, inside = [], found[id_set.name]
+    labels = np.array(inside.images.labels or [-1] * len(inside.images))
     for ood in ood_sets:
         for name in DECISIONS:
-            kept, told = ~found[id_set.name].says_ood[name], found[ood.name].says_ood[name]
-            right = float(np.concatenate([kept, told]).mean())
-            shares = {"id_kept": float(kept.mean()), "ood_found": float(told.mean()), "accuracy": right}
+            kept, told = ~inside.says_ood[name], found[ood.name].says_ood[name]
+            shares = {
+                "id_kept": kept.mean(),
+                "ood_found": told.mean(),
+                "id_lost": 1 - kept.mean(),
+                "ood_missed": 1 - told.mean(),
+                "accuracy": np.concatenate([kept, told]).mean(),
+                "open_accuracy": np.concatenate([kept & (inside.predicted == labels), told]).mean(),
+            }
+            if not inside.images.labels:
+                shares["open_accuracy"] = float("nan")
+            shares = {key: float(value) for key, value in shares.items()}
             rows.append({"id_set": id_set.name, "ood_set": ood.name, "decision": name, **shares, "seed": seed})
     return rows

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from .distributed import barrier, is_main, rank, world_size
+from .distributed import barrier, gather_values, is_main, rank, world_size
 from .files import whole_file
+from .interrupt import stop_if_asked
 from .pairs import leave_signals
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,7 +52,7 @@ class FeatureStore:
         changes = [
             f"{key}: {self.manifest.get(key)!r} there, {value!r} now"
             for key, value in expected.items()
-            if self.manifest.get(key) != value
+            if self.manifest.get(key) != value and key != "part_size"  # how it is cut up is the folder's own matter
         ]
         if changes:
             raise ValueError(
@@ -63,21 +64,25 @@ class FeatureStore:
         """How many samples the features are of, unreadable ones included."""
         return self.manifest["samples"]
 
+    @property
+    def part_size(self) -> int:
+        """How many samples a part is of; the last one may be shorter."""
+        return self.manifest["part_size"]
+
     def __len__(self) -> int:
         """The number of parts."""
-        return -(-self.samples // self.manifest["part_size"])
+        return -(-self.samples // self.part_size)
 
     def numbers(self, part: int) -> range:
         """The samples of a part."""
-        size = self.manifest["part_size"]
-        return range(part * size, min(self.samples, (part + 1) * size))
+        return range(part * self.part_size, min(self.samples, (part + 1) * self.part_size))
 
     def file(self, part: int) -> Path:
         return self.folder / f"part_{part:05d}.safetensors"
 
     def missing(self) -> list[int]:
-        """The parts that are not there yet."""
-        return [part for part in range(len(self)) if not self.file(part).is_file()]
+        """The parts that are not there yet, as rank 0 sees it: another run may be making them."""
+        return gather_values([part for part in range(len(self)) if not self.file(part).is_file()])[0]
 
     def write(self, part: int, tensors: dict[str, Tensor]) -> None:
         """Keep a part. Raises OSError for a full disk; then the part is not there."""
@@ -106,10 +111,10 @@ class FeatureStore:
         """Make the missing parts: each rank its share, each sample of `dataset` once.
 
         A sample that is a number is a bad one, and its number the cause: it is left out, and kept under "skipped"
-        [n, 2] with its cause. `check` is called after each part with this rank's skipped ones and how many it has seen.
+        [n, 2] with its cause. `check` is called before each part is kept, with this rank's skipped ones and how many it
+        has seen.
         """
         mine = self.missing()[rank() :: world_size()]
-        barrier()  # before any rank changes what is missing
         batches = [
             list(self.numbers(part)[first : first + batch_size])
             for part in mine
@@ -129,15 +134,16 @@ class FeatureStore:
             for part in mine:
                 kept: dict[str, list[Tensor]] = {}
                 for _ in range(-(-len(self.numbers(part)) // batch_size)):
+                    stop_if_asked()
                     batch = next(found)
                     bar.update(len(batch.pop("read")))
                     encoded = encode(batch) if len(batch) > 1 else {}
                     for key, value in {**encoded, "skipped": batch["skipped"]}.items():
                         kept.setdefault(key, []).append(value)
-                self.write(part, {key: torch.cat(values).cpu() for key, values in kept.items()})
                 skipped, seen = skipped + kept["skipped"], seen + len(self.numbers(part))
                 if check:
                     check(torch.cat(skipped), seen)
+                self.write(part, {key: torch.cat(values).cpu() for key, values in kept.items()})
         barrier()
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from .config import Config
 from .distributed import barrier, is_main
 from .feature_store import Encode, FeatureStore, autocast
-from .image_sets import ImageFiles, ImageSet
+from .image_sets import UNREAD, ImageFiles, ImageSet
 from .images import val_transform
 from .model import CLIPN, context_length
 from .pairs import (
@@ -45,6 +45,7 @@ class PairFeatures:
 
     def __init__(self, store: FeatureStore, device: torch.device) -> None:
         parts = [store.read(part) for part in range(len(store))]
+        self.fingerprint: str = store.manifest["pairs"]
         self.skipped = torch.cat([part["skipped"] for part in parts])  # [n, 2]: pair and cause
         readable = torch.ones(store.samples, dtype=torch.bool)
         readable[self.skipped[:, 0]] = False
@@ -158,6 +159,10 @@ def pair_features(config: Config, model: CLIPN, tokenizer: Tokenizer, pairs: Pai
     check_bad_fraction(len(features.skipped), store.samples, causes, data)
     counts = ", ".join(f"{count} {cause}" for cause, count in causes.items()) or "none"
     log.info("features: %d pairs in %s; left out: %s", len(features), folder, counts)
+    unread = features.skipped[features.skipped[:, 1] == CAUSES.index("unreadable file"), 0] // store.part_size
+    if len(unread):
+        files = ", ".join(store.file(part).name for part in unread.unique().tolist())
+        log.warning("to try again the pairs that could not be read, delete from %s: %s", folder, files)
     return features
 
 
@@ -174,39 +179,46 @@ def feature_loader(config: Config, features: PairFeatures, start: int) -> tuple[
 
 
 def image_set_features(
-    config: Config, model: CLIPN, image_sets: Sequence[ImageSet]
-) -> Iterator[tuple[ImageSet, Tensor]]:
-    """One pass over each image set, or none where features.dir has its features.
+    config: Config,
+    model: CLIPN,
+    image_sets: Sequence[ImageSet],
+    scores: dict[str, Callable[[Tensor], Tensor]] | None = None,
+    scores_of: str = "",
+) -> Iterator[tuple[ImageSet, Tensor, dict[str, Tensor]]]:
+    """One pass over each image set, or none where features.dir has what is asked for.
 
-    Yields each set without its unreadable images, and a row for each of the others: [N, D] float32, L2-normalised, on
-    the CPU. Under many ranks each encodes a share, and all get the whole.
+    scores: by name, [B, 3, H, W] -> [B], taken of the images in the same pass; scores_of says what else they depend on.
+    Yields each set without its unreadable images, and for the others a row each, on the CPU: features [N, D] float32,
+    L2-normalised, and scores [N]. Under many ranks each encodes a share, and all get the whole.
     """
-    settings, device = config.eval, model.logit_scale.device
+    settings, device, scores = config.eval, model.logit_scale.device, scores or {}
     weights = weights_hash(model.base.visual)
 
     def encode(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        pixels = batch["image"].to(device, non_blocking=True)
         with autocast(device, settings.precision):
-            return {"image": model.encode_image(batch["image"].to(device, non_blocking=True))}
+            return {"image": model.encode_image(pixels)} | {name: score(pixels) for name, score in scores.items()}
 
     for images in image_sets:
-        store = _image_store(config, model, images, weights)
+        store = _image_store(config, model, images, weights, [*scores, scores_of] if scores else [])
         if store.missing():
             dataset = ImageFiles(images.paths, val_transform(model.preprocess))
             store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
         parts = [store.read(part) for part in range(len(store))]
-        skipped = torch.cat([part["skipped"] for part in parts])[:, 0].tolist()
+        skipped, causes = torch.cat([part["skipped"] for part in parts]).T.tolist()
         if len(skipped) == len(images):
             raise ValueError(
                 f"image set {images.name!r}: none of the {len(images)} images in {images.root} is readable"
             )
-        features = torch.cat([part["image"] for part in parts if "image" in part])
+        parts = [part for part in parts if "image" in part]
+        found = {name: torch.cat([part[name] for part in parts]) for name in ("image", *scores)}
         barrier()
-        if not settings.keep_features and is_main():
+        if (not settings.keep_features or UNREAD in causes) and is_main():  # another time they may be readable
             shutil.rmtree(store.folder)
-        yield images.without(skipped), features
+        yield images.without(skipped), found.pop("image"), found
 
 
-def _image_store(config: Config, model: CLIPN, images: ImageSet, weights: str) -> FeatureStore:
+def _image_store(config: Config, model: CLIPN, images: ImageSet, weights: str, scores: list[str]) -> FeatureStore:
     manifest = {
         "of": images.name,
         "model": model.architecture,  # the same weights mean another thing with another activation
@@ -216,6 +228,7 @@ def _image_store(config: Config, model: CLIPN, images: ImageSet, weights: str) -
         "images": _hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images.paths]),
         "samples": len(images),
         "part_size": config.features.part_size,
+        "scores": scores,
     }
     name = re.sub(r"[^\w.-]", "_", images.name)
     return FeatureStore(Path(config.features.dir) / "images" / f"{name}-{_hash(manifest)[:12]}", manifest)
@@ -294,7 +307,7 @@ def _describe_pairs(config: Config, model: CLIPN, pairs: Pairs | None) -> dict[s
     for key in (*keys, "caption_key", "image_column", "caption_column"):
         manifest[key] = getattr(data, key)
     if pairs is not None:
-        manifest |= {"shards": len(pairs.paths), "pairs": _hash(fingerprint(pairs)), "samples": len(pairs)}
+        manifest |= {"shards": len(pairs.paths), "pairs": fingerprint(pairs), "samples": len(pairs)}
     return manifest
 
 

@@ -13,6 +13,10 @@ import torch
 from torch.utils.data import Dataset
 
 from .images import IMAGE_SUFFIXES, Transform, open_image
+from .known_sets import KNOWN_SETS, expected_tree, known_set
+from .storage import patiently
+
+_ENTRY_KEYS = {"path", "known", "classes", "exclude"}
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +83,40 @@ def open_image_set(
     return ImageSet(name, root, paths, labels, kept)
 
 
+def open_known_set(
+    name: str, known: str, root: str | Path, classes: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> ImageSet:
+    """`open_image_set` for one of `known_sets.KNOWN_SETS`, which has to be there whole.
+
+    Raises FileNotFoundError for a missing folder, ValueError for other numbers of images or class folders than were
+    published; both show the expected tree and where to get it.
+    """
+    published = known_set(known)
+    try:
+        images = open_image_set(name, root)
+        if published.classes and not images.classes:
+            raise ValueError(
+                f"image set {name!r}: the {len(images)} images in {root} are not sorted into class folders"
+            )
+        if published.subset:
+            images = open_image_set(name, root, published.subset)
+        folders = len(images.classes) if published.classes else None
+        if (len(images), folders) != (published.images, published.classes):
+            where = f" in {folders} class folders" if folders else ""
+            raise ValueError(f"image set {name!r}: found {len(images)} images{where} in {root}")
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{error}; {expected_tree(known, root)}") from error
+    if classes is None and not exclude:
+        return images
+    return open_image_set(name, root, images.classes if classes is None else classes, exclude)
+
+
 def open_image_sets(value: Any, key: str) -> list[ImageSet]:
     """The image sets behind eval.id or eval.ood.
 
-    value: a folder, a list of folders, {name: folder}, or {name: {path, classes, exclude}}; a folder alone is named
-    after itself. Raises ValueError for anything else, and what `open_image_set` raises.
+    value: a folder, a list of folders, {name: folder}, or {name: {path, known, classes, exclude}}; a folder alone is
+    named after itself. Raises ValueError for anything else, and what `open_image_set` and `open_known_set` raise.
     """
     if isinstance(value, str):
         value = [value]
@@ -94,15 +127,27 @@ def open_image_sets(value: Any, key: str) -> list[ImageSet]:
     sets = []
     for name, entry in value.items():
         entry = {"path": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or not entry.get("path") or entry.keys() - {"path", "classes", "exclude"}:
-            raise ValueError(f"{key}.{name}={entry!r}: expected a folder, or path with classes or exclude")
+        if not isinstance(entry, dict) or not entry.get("path") or entry.keys() - _ENTRY_KEYS:
+            raise ValueError(f"{key}.{name}={entry!r}: expected a folder, or path with known, classes or exclude")
         classes, exclude = (_listed(entry.get(choice)) for choice in ("classes", "exclude"))
-        sets.append(open_image_set(str(name), entry["path"], classes, exclude or ()))
+        known = entry.get("known")
+        if known is None:
+            sets.append(open_image_set(str(name), entry["path"], classes, exclude or ()))
+        elif str(known) in KNOWN_SETS:
+            sets.append(open_known_set(str(name), str(known), entry["path"], classes, exclude or ()))
+        else:
+            raise ValueError(f"{key}.{name}.known={known!r}: expected one of {', '.join(KNOWN_SETS)}")
     return sets
 
 
+BROKEN, UNREAD = 0, 1  # why an image is left out
+
+
 class ImageFiles(Dataset):
-    """Decodes and transforms the images of a set: index -> {"image": [3, H, W]}, or 0 for an unreadable one."""
+    """Decodes and transforms the images of a set: index -> {"image": [3, H, W]}.
+
+    Or, in its place, BROKEN for what is no image, UNREAD for a file that cannot be read now.
+    """
 
     def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
         self.paths, self.transform = paths, transform
@@ -113,10 +158,15 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor] | int:
         path = self.paths[index]
         try:
-            return {"image": self.transform(open_image(path))}
+            content = patiently(path.read_bytes, path)
+        except OSError as error:
+            log.warning("left out: %s cannot be read: %s", path, error)
+            return UNREAD
+        try:
+            return {"image": self.transform(open_image(content))}
         except Exception as error:  # PIL raises many kinds
             log.warning("left out: %s is no readable image: %s", path, error)
-            return 0
+            return BROKEN
 
 
 def _listed(value: Any) -> list[str] | None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_asked: list[int] = []  # the signals that have come, outside of training
+
 
 class Interrupted(Exception):
     """The run was asked to stop (SIGINT or SIGTERM) and has written a checkpoint to go on from."""
@@ -35,3 +37,20 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def heed_signals() -> None:
+    """From here on SIGINT and SIGTERM raise KeyboardInterrupt: at once, or where `stop_if_asked` is called next."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise)
+
+
+def stop_if_asked() -> None:
+    """Raise KeyboardInterrupt if a signal has come that was lost: Python drops what is raised while a process forks."""
+    if _asked:
+        raise KeyboardInterrupt
+
+
+def _raise(number: int, frame: Any) -> None:
+    _asked.append(number)
+    raise KeyboardInterrupt

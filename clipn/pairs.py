@@ -5,6 +5,7 @@ Every draw (order, crop, template) depends only on (seed, epoch, pair), never on
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -44,6 +45,7 @@ CAUSES = (
 )
 _MAX_REPLACEMENTS = 20  # bad pairs in a row, drawn at random, before the data as a whole is called broken
 _TRIED = 5  # pairs whose captions are looked for before anything else is done
+_COMPARED = 2**18  # bytes at the start of a shard that tell it from another of the same layout
 _LONGEST_CAPTION = 10_000  # characters; no tokenizer reads a tenth of that
 
 
@@ -176,9 +178,21 @@ def check_bad_fraction(bad: int, seen: int, causes: dict[str, int], data: DataCo
         )
 
 
-def fingerprint(pairs: Pairs) -> list[tuple[str, int]]:
-    """Names and sizes of the files that pairs come from: alike wherever the files are moved to."""
-    return [(name_of(path), version_of(path)[0]) for path in pairs.paths]
+def fingerprint(pairs: Pairs) -> str:
+    """A hash that tells data apart: of where each pair lies in its shard, and of the start of each file.
+
+    It is alike wherever the files are moved to. Of a table it is its text, not its images.
+    """
+    digest = hashlib.sha256()
+    for path in pairs.paths:
+        digest.update(name_of(path).encode())
+        size, version = version_of(path)
+        digest.update(version.encode() if is_url(path) else read_range(path, 0, min(size, _COMPARED)))
+    for column in pairs.index[:-1] if isinstance(pairs, ShardPairs) else []:
+        digest.update(column.tobytes())
+    for text in pairs.images + pairs.captions if isinstance(pairs, TablePairs) else []:
+        digest.update(text.encode(errors="surrogatepass") + b"\0")
+    return digest.hexdigest()
 
 
 class PairDataset(Dataset):

@@ -8,7 +8,9 @@ checkpoints/last.pt      the newest of all
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,16 @@ from .distributed import gather_values
 from .files import second_name
 from .run_log import metrics_file
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
 log = logging.getLogger(__name__)
 
 # Settings that may differ between a run and its resumption: they do not change what is computed.
 _FREE_KEYS = {
+    "data.shards",  # the pairs themselves are compared, wherever they are
     "run.dir",
     "run.device",
     "run.seeds",
@@ -52,6 +60,21 @@ def checkpoint_folder(run_dir: str | Path) -> Path:
 def last_checkpoint(run_dir: str | Path) -> Path:
     """Where a run keeps its newest checkpoint."""
     return checkpoint_folder(run_dir) / "last.pt"
+
+
+@contextmanager
+def locked(run_dir: str | Path) -> Iterator[None]:
+    """Hold a run's folder against another process that trains in it. Raises ValueError where one does."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(run_dir) / ".lock", "a") as file:
+        try:
+            if fcntl:  # lockf, which workers do not inherit: they may outlive a killed run for a moment
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(
+                f"run.dir={str(run_dir)!r}: another process is training there; wait, or stop it"
+            ) from error
+        yield
 
 
 class Checkpoints:
@@ -153,10 +176,15 @@ def _compare_settings(before: dict[str, Any], config: Config, what: str) -> None
     changes = [
         f"{key}: {then.get(key)!r} -> {value!r}"
         for key, value in now.items()
-        if key.startswith(sections) and key not in _FREE_KEYS and then.get(key) != value
+        if key.startswith(sections) and key not in _FREE_KEYS and _settled(then.get(key)) != _settled(value)
     ]
     if changes:
         raise ValueError(f"{what} with other settings: {'; '.join(changes)}. Choose another run.dir, or set them back")
+
+
+def _settled(value: Any) -> Any:
+    """A file is the same however its path is written."""
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).is_file() else value
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

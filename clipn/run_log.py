@@ -30,12 +30,14 @@ class RunLog:
         self.board = SummaryWriter(Path(folder) / "tensorboard", purge_step=step + 1) if SummaryWriter else None
 
     def write(self, line: dict[str, Any]) -> None:
+        broken = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+        line = line | broken  # JSON has no infinity
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.board:
             for name, value in line.items():
                 for part, number in value.items() if isinstance(value, dict) else [("", value)]:
-                    if name != "step":
+                    if name != "step" and number is not None:
                         self.board.add_scalar(f"{name}/{part}" if part else name, number, line["step"])
 
     def close(self) -> None:

@@ -36,6 +36,23 @@ def mcm(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.
     return (logits_yes / scale).softmax(dim=1).amax(dim=1)
 
 
+def entropy(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.0) -> Tensor:
+    """Negative entropy of the softmax, in nats: 0 for a sure image, -log C where all classes are alike.
+
+    A baseline of the released code of MCM (Ming et al., NeurIPS 2022), there of the softmax of the cosines.
+    """
+    log_chance = logits_yes.log_softmax(dim=1)
+    return (log_chance.exp() * log_chance).sum(dim=1)
+
+
+def variance(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.0) -> Tensor:
+    """Variance of the C softmax probabilities about their mean 1 / C, divided by C.
+
+    A baseline of the released code of MCM (Ming et al., NeurIPS 2022), there of the softmax of the cosines.
+    """
+    return logits_yes.softmax(dim=1).var(dim=1, correction=0)
+
+
 def ctw(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0) -> Tensor:
     """Competing to win: p_yes of the most likely class (CLIPN, ICCV 2023, section 3.4)."""
     top = logits_yes.argmax(dim=1, keepdim=True)
@@ -63,6 +80,8 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     "MaxLogit": max_logit,
     "Energy": energy,
     "MCM": mcm,
+    "Entropy": entropy,
+    "Variance": variance,
     "CTW": ctw,
     "ATD": atd,
 }

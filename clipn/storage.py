@@ -115,6 +115,9 @@ def expand_patterns(patterns: str | Sequence[str]) -> list[Location]:
     """
     paths: list[Location] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not is_url(pattern) and Path(pattern).is_file():  # a name with brackets or braces in it
+            paths.append(Path(pattern))
+            continue
         for text in _expand_braces(pattern):
             found = _matches(text)
             if not found:

@@ -21,8 +21,8 @@ from .interrupt import Interrupted, stop_signals
 from .model import get_tokenizer
 from .objectives import OBJECTIVES, Batch, Objective
 from .optimizer import build_optimizer, learning_rate
-from .pairs import CAUSES, Pairs, check_bad_fraction, open_pairs, training_loader
-from .run_folder import Checkpoints, find_resume, last_checkpoint
+from .pairs import CAUSES, Pairs, check_bad_fraction, epoch_batches, fingerprint, open_pairs, training_loader
+from .run_folder import Checkpoints, find_resume, last_checkpoint, locked
 from .run_log import RunLog
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,18 @@ def train(config: Config) -> Path:
     ValueError when more pairs are bad than data.max_bad_fraction; OSError when a checkpoint cannot be written;
     FloatingPointError when the loss is not finite; Interrupted after SIGINT or SIGTERM.
     """
+    with locked(config.run.dir) if is_main() else nullcontext():
+        _train(config)
+    log.info("trained: %s", last_checkpoint(config.run.dir))
+    return last_checkpoint(config.run.dir)
+
+
+def _train(config: Config) -> None:
     device = choose_device(config.run.device)
     from_features = config.data.source == "features"
     pairs = open_pairs(config.data) if config.data.shards or not from_features else None
+    if pairs is not None:
+        epoch_batches(config, len(pairs))  # sizes that do not fit are told before any weight is loaded
     resumed = find_resume(config)
     torch.manual_seed(config.run.seed)
     objective: Objective = OBJECTIVES[config.train.objective](config, device)
@@ -51,6 +60,7 @@ def train(config: Config) -> Path:
         features = pair_features(config, objective.model, tokenizer, pairs)
         run.left_out |= count_causes(features.skipped)
     run.available = len(features if from_features else pairs)
+    run.fingerprint = features.fingerprint if from_features else fingerprint(pairs)
     if resumed:
         run.restore(resumed["training"])
     if from_features:
@@ -62,8 +72,6 @@ def train(config: Config) -> Path:
     run.introduce()
     with stop_signals() as stop:
         run.take_steps(loader, stop)
-    log.info("trained: %s", last_checkpoint(config.run.dir))
-    return last_checkpoint(config.run.dir)
 
 
 class Step(NamedTuple):
@@ -85,7 +93,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         self.trained = objective.trained if world_size() == 1 else DistributedDataParallel(objective.trained)
         self.name: Callable[[int], str] = pairs.name if pairs else "pair {}".format
-        self.step, self.steps_per_epoch, self.available = 0, 1, 0
+        self.step, self.steps_per_epoch, self.available, self.fingerprint = 0, 1, 0, ""
         # Over all ranks and since the run began: pairs skipped by cause, and steps that an fp16 loss scale skipped.
         self.skipped, self.skipped_steps, self.skipped_in_a_row = torch.zeros(len(CAUSES)), 0, 0
         self.left_out = dict(pairs.faults) if pairs else {}  # pairs that no epoch gets to see, by cause
@@ -100,10 +108,11 @@ class Run:
 
     def restore(self, training: dict[str, Any]) -> None:
         """Take up where a checkpoint was written. Raises ValueError when the pairs have changed since."""
-        if training["pairs"] != self.available:
+        if (training["pairs"], training["fingerprint"]) != (self.available, self.fingerprint):
+            other = "others" if training["pairs"] == self.available else str(training["pairs"])
             raise ValueError(
-                f"data.shards: {self.available} pairs are there now, {training['pairs']} when this run began, so it "
-                "cannot go on; bring them back, or choose another run.dir"
+                f"data.shards: {self.available} pairs are there now, {other} when this run began, so it cannot go on; "
+                "bring them back, or choose another run.dir"
             )
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
@@ -260,6 +269,7 @@ class Run:
             "training": {
                 "step": self.step,
                 "pairs": self.available,
+                "fingerprint": self.fingerprint,
                 "ranks": world_size(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from clipn.command import fail_in_one_line
 from clipn.config import PRECISIONS, Config, ModelConfig, RunConfig, TrainConfig
 from clipn.distributed import choose_device
 from clipn.evaluate import score_features
@@ -63,6 +64,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--micro-batch-size", type=int, help="train.micro_batch_size")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args(argv)
+    if min(arguments.batch_size) < 2 or arguments.rounds < 1:
+        raise ValueError(f"--batch-size {arguments.batch_size} --rounds {arguments.rounds}: expected 2 and 1 or more")
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise FileNotFoundError(f"--json {arguments.json}: no such folder: {arguments.json.parent}")
     device = choose_device(arguments.device)
     precision = arguments.precision or ("bf16" if device.type == "cuda" else "fp32")
     peak = matmul_flops(device, precision)
@@ -292,4 +297,4 @@ def print_row(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fail_in_one_line(main)

@@ -33,11 +33,9 @@ def main() -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode == RESUME:
             return RESUME
-        print(
-            f"error: rank {rank} ended first, with exit code {failure.exitcode} (its message is above). The run's last "
-            "checkpoint is whole: the same command goes on from there",
-            file=sys.stderr,
-        )
+        killed = failure.exitcode < 0  # by a signal, not by an error of its own
+        hint = "what was kept is whole: the same command goes on from there" if killed else "its message is above"
+        print(f"error: rank {rank} ended first, with exit code {failure.exitcode}; {hint}", file=sys.stderr)
         return FAILED
     return 0
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clipn.command import fail_in_one_line, start_log
 from clipn.config import Config, base_config, load_config
 from clipn.distributed import choose_device, is_main, process_group
-from clipn.evaluate import check_texts, evaluate, join
+from clipn.evaluate import Evaluation, check_texts, evaluate, join
 from clipn.report import summary, write_report
 from clipn.run_folder import last_checkpoint
 from clipn.train import train
@@ -30,21 +30,20 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     with process_group(choose_device(config.run.device)):
-        runs = each_seed(arguments.config, arguments.overrides, config)
+        runs = each_seed(arguments.config, arguments.overrides)
         for run in runs:
             train_one(run)
-        finish(config, runs)
+        evaluation = evaluate_all(config, runs)
+        if is_main():
+            finish(config, runs, evaluation)
 
 
-def each_seed(path: str, overrides: list[str], config: Config) -> list[Config]:
+def each_seed(path: str, overrides: list[str]) -> list[Config]:
     """The config itself, or for run.seeds one per seed, in run.dir/seed_N."""
-    if not config.run.seeds:
-        return [config]
+    config = load_config(path, overrides)
     folder = Path(config.run.dir)
-    return [
-        load_config(path, [*overrides, f"run.seed={seed}", f"run.dir={folder / f'seed_{seed}'}", "run.seeds=[]"])
-        for seed in config.run.seeds
-    ]
+    own = [[f"run.seed={seed}", f"run.dir={folder / f'seed_{seed}'}", "run.seeds=[]"] for seed in config.run.seeds]
+    return [load_config(path, [*overrides, *words]) for words in own] or [config]
 
 
 def train_one(config: Config) -> None:
@@ -60,20 +59,26 @@ def train_one(config: Config) -> None:
     train(config)
 
 
-def finish(config: Config, runs: list[Config]) -> None:
-    """Evaluate what was trained, if the config says on what, and say where everything is."""
+def evaluate_all(config: Config, runs: list[Config]) -> Evaluation | None:
+    """Evaluate what was trained, if the config says on what; several seeds' results are joined in run.dir."""
+    if config.eval.id is None:
+        return None
     evaluations = []
-    for run in runs if config.eval.id is not None else []:
+    for run in runs:
         start_log(run.run.dir)
         evaluations.append(evaluate(run))
-    if not is_main():
-        return
-    if not evaluations:
+    joined = join(evaluations)
+    if config.run.seeds and is_main():
+        write_report(Path(config.run.dir), *joined, bootstrap=config.eval.bootstrap)
+    return joined
+
+
+def finish(config: Config, runs: list[Config], evaluation: Evaluation | None) -> None:
+    """Say where everything is."""
+    if evaluation is None:
         print(f"done: {', '.join(str(last_checkpoint(run.run.dir)) for run in runs)}")
         return
-    if config.run.seeds:
-        write_report(Path(config.run.dir), *join(evaluations))
-    print(summary(join(evaluations).results))
+    print(summary(evaluation.results))
     print(f"done: table in {config.run.dir}/results.md, pictures in {config.run.dir}/figures/")
 
 

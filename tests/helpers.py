@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import tarfile
+import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from clipn.evaluate import SetScores
+from clipn.image_sets import ImageSet
 from clipn.pairs import Pairs
 
 
@@ -34,6 +39,18 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return path
+
+
+def write_zip(path: Path, members: dict[str, bytes]) -> Path:
+    """A zip file of these members."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
@@ -95,3 +112,9 @@ def spell(texts: list[str], length: int = 64) -> torch.Tensor:
 def read(tokens: torch.Tensor) -> list[str]:
     """The texts that `spell` wrote."""
     return ["".join(chr(code) for code in row.tolist() if code) for row in tokens]
+
+
+def set_scores(images: ImageSet, scores: dict[str, np.ndarray], predicted=0, p_yes=0.5) -> SetScores:
+    """What a model might say of a set: one class and p_yes for all images, or one for each."""
+    predicted, p_yes = (np.broadcast_to(values, len(images)) for values in (predicted, p_yes))
+    return SetScores(images, scores, {}, predicted, p_yes)

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import clipn.run_log
 from clipn.checkpoint import read_checkpoint
 from clipn.config import load_config
 from clipn.objectives import ClipnObjective
-from clipn.run_folder import last_checkpoint, newest_checkpoint
+from clipn.run_folder import last_checkpoint, locked, newest_checkpoint
 from clipn.train import train
 
 
@@ -158,6 +160,20 @@ def test_the_beginning_of_another_run_is_not_overwritten(config_file, monkeypatc
     train(config)
 
 
+def test_a_folder_in_which_another_process_trains_is_left_alone(config_file):
+    config = load_config(config_file)
+    with locked(config.run.dir):
+        pass
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(Path(config.run.dir) / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=r"run\.dir=.*another process is training there"):
+            train(config)
+        other.kill()
+    train(config)
+
+
 # Bad pairs
 
 
@@ -217,6 +233,8 @@ def test_data_that_is_not_there_is_told_before_weights_are_read(config_file):
     with pytest.raises(FileNotFoundError, match="gone"):
         train(load_config(config_file, [*more, "data.shards=gone/*.tar"]))
     (config_file.parent / "empty.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train\.batch_size=63: an epoch has only 20 pairs"):
+        train(load_config(config_file, [*more, "train.batch_size=63"]))
     with pytest.raises(ValueError, match=r"no pair in 1 shards.*empty\.tar"):
         train(load_config(config_file, [*more, f"data.shards={config_file.parent}/empty.tar"]))
 

@@ -375,3 +375,9 @@ def test_an_empty_base_on_the_command_line_drops_the_files(tmp_path):
     path.write_text("base: {train: {objective: clip}}\ntrain: {resume: some.pt}\n")
     assert base_config(load_config(path)).train.resume == "auto"
     assert base_config(load_config(path, ["base={}"])) is None
+
+
+@pytest.mark.parametrize("name", ["2024_11_21", "0123", "1:30", "yes", "1e5", "a: b", "[x]", "null1", "a=b"])
+def test_a_folders_name_stays_as_it_is_typed(tmp_path, name):
+    (tmp_path / "c.yaml").write_text("run: {seed: 1}\n")
+    assert load_config(tmp_path / "c.yaml", [f"run.dir={name}"]).run.dir == name

@@ -6,9 +6,9 @@ from scripts import fault_drill
 
 
 def test_a_hurt_run_ends_with_the_same_bits(capsys):
-    assert fault_drill.main(["full-disk", "broken", "--pairs", "1500"]) == 0
+    assert fault_drill.main(["broken", "--pairs", "1500"]) == 0
     out = capsys.readouterr().out
-    assert out.count("the same bits") == 2 and "was cut short" in out
+    assert "the same bits" in out and "was cut short" in out
 
 
 def test_an_unknown_fault_is_told_with_the_choices():

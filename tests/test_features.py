@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import architecture, write_clipn
-from helpers import files, write_shard
+from helpers import files, write_images, write_shard
 from PIL import Image
 from test_train import ROOT, assert_same, weights
 
@@ -61,7 +61,10 @@ train: {{epochs: 2, batch_size: 6, precision: fp32, log_every_steps: 1, lr: 1e-3
 
 def parts_of(config):
     """What `pair_features` takes of a config: the model, the tokenizer, and the pairs if any are named."""
-    model = create_model_and_transforms(config.model.name, config.model.pretrained, config.model.num_prompts)[0]
+    settings = config.model
+    model, _, _ = create_model_and_transforms(
+        settings.name, settings.pretrained, settings.num_prompts, "cpu", settings.image_mean, settings.image_std
+    )
     return model, get_tokenizer(config.model.name), open_pairs(config.data) if config.data.shards else None
 
 
@@ -267,6 +270,27 @@ def test_a_damaged_part_is_named(settings, tmp_path, size):
     assert len(features_of(settings())) == 20
 
 
+def test_an_outage_is_not_kept(settings, tmp_path):
+    folder = tmp_path / "images"
+    write_images(folder, *(f"{n}.png" for n in range(20)))
+    rows = "".join(f"images/{n}.png,caption {n}\n" for n in range(20))
+    (tmp_path / "pairs.csv").write_text("filepath,title\n" + rows)
+    config = settings(f"data.shards={tmp_path}/pairs.csv", "features.part_size=5")
+    folder.rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"20 of 20 pairs are bad \(20 unreadable file\)|none of its"):
+        features_of(config)
+    (tmp_path / "away").rename(folder)
+    for part in (tmp_path / "features/pairs").glob("part_*"):
+        part.unlink()
+    assert len(features_of(config)) == 20
+
+
+def test_parts_of_another_size_serve_as_well(settings):
+    whole = features_of(settings("features.part_size=20")).batch([(0, row) for row in range(20)])
+    again = features_of(settings("features.part_size=3")).batch([(0, row) for row in range(20)])
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 # A folder of other features
 
 
@@ -279,6 +303,9 @@ def test_a_damaged_part_is_named(settings, tmp_path, size):
         (["features.seed=2"], "seed: 0 there, 2 now"),
         (["train.precision=bf16"], "precision: 'fp32' there, 'bf16' now"),
         (["data.crop_scale=[0.5,1.0]"], r"crop_scale: \[0\.3, 1\.0\] there, \[0\.5, 1\.0\] now"),
+        (["data.flip=1"], r"flip: 0\.5 there, 1\.0 now"),
+        (["model.num_prompts=0"], "negated: False there, True now"),
+        (["model.image_mean=[0,0,0]"], "preprocess: {.*} there, {.*} now"),
         (["data.caption_templates=['a {{}}']"], r"caption_templates: \['{}'\] there, \['a {}'\] now"),
         (["data.caption_column=text"], "caption_column: 'title' there, 'text' now"),
         (["data.shards={}/more.tar"], r"pairs: '\w+' there, '\w+' now; samples: 20 there, 21 now"),
@@ -294,6 +321,16 @@ def test_features_of_something_else_are_refused(settings, tmp_path, words, chang
     with pytest.raises(ValueError, match=rf"features of something else: .*{change}.* Choose another features\.dir"):
         features_of(settings(*(word.format(tmp_path) for word in words)))
     assert stored(tmp_path / "features") == before
+
+
+def test_features_of_shards_that_were_written_anew_are_refused(settings, tmp_path):
+    path = tmp_path / "pairs.tar"
+    features_of(settings())
+    size = path.stat().st_size
+    write_shard(path, samples(20) | {"00003": samples(20)["00003"] | {"txt": b"another caption"}})
+    assert path.stat().st_size == size, "tar files are padded"
+    with pytest.raises(ValueError, match="features of something else: pairs: "):
+        features_of(settings())
 
 
 def test_features_serve_without_their_pairs(settings, tmp_path):

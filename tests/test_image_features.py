@@ -2,13 +2,15 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from conftest import architecture, write_clipn
 from helpers import files, write_images
 from PIL import Image
 
-import clipn.report
+import clipn.evaluate
+import clipn.storage
 from clipn.config import load_config
 from clipn.evaluate import evaluate
 
@@ -29,8 +31,7 @@ features: {{dir: {tmp_path}/features, part_size: 2}}
 eval: {{id: {tmp_path}/id, ood: {tmp_path}/ood, templates: simple, methods: [MSP, ATD]}}
 """
     )
-    for name in ("draw_histograms", "draw_samples"):
-        monkeypatch.setattr(clipn.report, name, lambda *arguments: None)
+    monkeypatch.setattr(clipn.evaluate, "write_report", lambda *arguments, **more: None)
     return lambda *words: evaluate(load_config(tmp_path / "config.yaml", words)).results
 
 
@@ -70,6 +71,23 @@ def test_features_need_not_be_kept(judge, tmp_path):
     kept = judge(f"features.dir={tmp_path}/fresh")
     assert judge("eval.keep_features=false").equals(kept)
     assert files(tmp_path / "features") == [] and files(tmp_path / "fresh")
+
+
+def test_an_image_that_cannot_be_read_today_may_be_tomorrow(judge, tmp_path, monkeypatch):
+    first, broken = judge(), tmp_path / "ood/2.png"
+    (tmp_path / "features").rename(tmp_path / "before")
+    read = Path.read_bytes
+    monkeypatch.setattr(clipn.storage, "FIRST_PAUSE", 0.0)
+
+    def failing(path):
+        if path == broken:
+            raise OSError("Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    assert not judge().equals(first)
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert judge().equals(first)
 
 
 def test_an_unreadable_image_is_left_out_and_told(judge, tmp_path, monkeypatch):

@@ -126,5 +126,5 @@ def test_each_image_is_judged_once_on_three_ranks(config_file, tmp_path):
     assert output.count("done: ") == 1
     together = pd.read_csv(tmp_path / "run/results.csv")
     pd.testing.assert_frame_equal(together, pd.read_csv(tmp_path / "alone/results.csv"), rtol=1e-4)
-    assert [len(images) for images in alone.image_sets] == [10, 6]
+    assert [len(found.images) for found in alone.found.values()] == [10, 6]
     assert "3.png" in (tmp_path / "run/results.md").read_text()

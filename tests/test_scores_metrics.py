@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +35,8 @@ def plain_scores(yes: list[float], no: list[float], scale: float) -> dict[str, f
         "MaxLogit": max(yes),
         "Energy": max(yes) + math.log(sum(math.exp(y - max(yes)) for y in yes)),
         "MCM": max(softmax([y / scale for y in yes])),
+        "Entropy": sum(p * math.log(p) for p in chance if p > 0),
+        "Variance": sum((p - 1 / len(chance)) ** 2 for p in chance) / len(chance),
         "CTW": says_yes[top],
         "ATD": sum(p * c for p, c in zip(says_yes, chance, strict=True)),
     }
@@ -83,6 +86,7 @@ def test_a_small_case_by_hand():
     yes, no = torch.tensor([[0.0, 0.0]]), torch.tensor([[-math.log(3), math.log(3)]])
     assert torch.allclose(p_yes(yes, no), torch.tensor([[0.75, 0.25]]))
     expected = {"MSP": 0.5, "MaxLogit": 0, "Energy": math.log(2), "MCM": 0.5, "ATD": 0.5 * 0.75 + 0.5 * 0.25}
+    expected |= {"Entropy": -math.log(2), "Variance": 0}
     for name, value in expected.items():
         assert SCORES[name](yes, no).item() == pytest.approx(value), name
     assert DECISIONS["ATD"](yes, no).tolist() == [True], "unknown 0.5 against 0.375 and 0.125"
@@ -110,10 +114,19 @@ def test_higher_means_in_distribution():
         assert decide(sure, no_low).tolist() == [False] and decide(unsure, no_high).tolist() == [True]
 
 
-@pytest.mark.parametrize("name", ["MSP", "MaxLogit", "Energy", "MCM"])
+@pytest.mark.parametrize("name", ["MSP", "MaxLogit", "Energy", "MCM", "Entropy", "Variance"])
 def test_clips_own_scores_need_no_second_tower(name):
     yes = torch.tensor([[3.0, 1.0]])
     assert torch.equal(SCORES[name](yes, None), SCORES[name](yes, torch.tensor([[9.0, -9.0]])))
+
+
+def test_entropy_and_variance_are_scipys_and_numpys():
+    yes = 5 * torch.randn(20, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chance = yes.softmax(dim=1).numpy()
+    np.testing.assert_allclose(SCORES["Entropy"](yes).numpy(), -scipy.stats.entropy(chance, axis=1))
+    np.testing.assert_allclose(SCORES["Variance"](yes).numpy(), np.var(chance, axis=1))
+    one_class = yes[:, :1]
+    assert not SCORES["Entropy"](one_class).any() and not SCORES["Variance"](one_class).any()
 
 
 def test_huge_logits_stay_finite():

@@ -43,6 +43,12 @@ def test_a_list_of_patterns_keeps_its_order(tmp_path):
     assert [path.name for path in expand_patterns(patterns)] == ["c", "a", "b"]
 
 
+def test_a_file_may_have_brackets_and_braces_in_its_name(tmp_path):
+    path = tmp_path / "s[1]{a,b}*.tar"
+    path.touch()
+    assert expand_patterns(str(path)) == [path]
+
+
 def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "0.tar").touch()
     with pytest.raises(FileNotFoundError, match=r"data\.shards=.*\{0\.\.2\}.*1\.tar$"):

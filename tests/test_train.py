@@ -246,6 +246,19 @@ def test_a_run_whose_pairs_have_changed_does_not_go_on(config_file):
     write_shard(config_file.parent / "pairs.tar", numbered_samples(12))
     with pytest.raises(ValueError, match="12 pairs are there now, 20 when this run began"):
         train(load_config(config_file))
+    write_shard(config_file.parent / "pairs.tar", numbered_samples(20, first=60))
+    with pytest.raises(ValueError, match="20 pairs are there now, others when this run began"):
+        train(load_config(config_file))
+
+
+def test_a_run_goes_on_however_its_paths_are_written(config_file, monkeypatch):
+    folder = config_file.parent
+    last = train(load_config(config_file))
+    monkeypatch.chdir(folder)
+    (folder / "moved").mkdir()
+    (folder / "pairs.tar").rename(folder / "moved/pairs.tar")
+    words = ["run.dir=run", "data.shards=moved/pairs.tar", "model.pretrained=./clip.pt", "model.name=model.json"]
+    assert train(load_config(config_file, words)).resolve() == last
 
 
 def test_weights_that_are_not_finite_are_never_saved(config_file):

@@ -1,0 +1,141 @@
+"""Train and judge every combination of settings: python scripts/ablate.py CONFIG.yaml key=v1,v2 ... [NAME ...]
+
+    python scripts/ablate.py configs/toy.yaml train.tso_kind=l2,cosine model.num_prompts=1,4,16
+    python scripts/ablate.py configs/toy.yaml loss tso prompts run.seeds=[0,1,2]
+
+A NAME is one of configs/ablations/paper.yaml, the ablations of the paper. A word with one value (brackets hold commas
+together) is the same for all. Each combination is a run in run.dir/ablations; the table is run.dir/ablations.md and
+.csv. Worlds, bases and trainings that combinations have in common are made once. Stopped, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clipn.command import fail_in_one_line, start_log
+from clipn.config import Config, base_config, load_config, to_dict
+from clipn.distributed import choose_device, is_main, process_group
+from clipn.report import ablation_table
+from clipn.run_folder import last_checkpoint
+from clipn.train import train
+from clipn.world import make_world
+from scripts.train import each_seed, evaluate_all, train_one
+
+NAMED = Path(__file__).resolve().parent.parent / "configs" / "ablations" / "paper.yaml"
+# Settings that a base CLIP's training does not depend on.
+NOT_OF_THE_BASE = ("eval.", "features.", "model.num_prompts", "train.itbo_", "train.tso_", "data.source")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; see the module's text. Raises what training and evaluation raise, at once where it can."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file with an eval.id, such as configs/toy.yaml")
+    parser.add_argument("words", nargs="+", metavar="key=v1,v2 | NAME", help="what to vary")
+    arguments = parser.parse_args(argv)
+    fixed, variants = parse(arguments.words)
+    config = load_config(arguments.config, fixed)
+    if config.eval.id is None:
+        raise ValueError(f"{arguments.config}: eval.id: names no image set to judge the ablations on")
+    folder = Path(config.run.dir) / "ablations"
+    plans = [[*fixed, *variant, f"run.dir={folder / name_of(variant)}"] for variant in variants]
+    for plan in plans:
+        each_seed(arguments.config, plan)  # a mistake in the last one is told before the first is trained
+    rows, trained = [], {}
+    with process_group(choose_device(config.run.device)):
+        common = prepare(arguments.config, fixed, variants, folder)
+        for variant, plan in zip(variants, plans, strict=True):
+            rows.append(run(arguments.config, [*plan, *common], trained).assign(setting=" ".join(variant)))
+        if is_main():
+            results = pd.concat(rows, ignore_index=True)
+            results.to_csv(f"{folder}.csv", index=False)
+            Path(f"{folder}.md").write_text(ablation_table(results), encoding="utf-8")
+            print(ablation_table(results))
+            print(f"done: table in {folder}.md, runs in {folder}/")
+
+
+def prepare(path: str, fixed: list[str], variants: list[list[str]], folder: Path) -> list[str]:
+    """Make the worlds and bases that all combinations have in common; returns the words that say where they are."""
+    config, place = load_config(path, fixed), f"{folder}/common/seed_${{run.seed}}"
+    varied = {word.partition("=")[0] for variant in variants for word in variant}
+    common = []
+    if config.world.name and not any(key.startswith("world.") for key in varied):
+        common.append(f"world.root={place}/world")
+    if not config.base or not all(key.startswith(NOT_OF_THE_BASE) for key in varied):
+        return common
+    for seed in config.run.seeds or [config.run.seed]:
+        own = [f"run.seed={seed}", "run.seeds=[]", f"run.dir={folder}/common/seed_{seed}"]
+        one = load_config(path, [*fixed, *common, *own])
+        start_log(one.run.dir)
+        make_world(one.world)
+        train(base_config(one))
+    return [*common, f"model.pretrained={place}/base/checkpoints/last.pt", "base={}"]
+
+
+def run(path: str, plan: list[str], trained: dict[str, str]) -> pd.DataFrame:
+    """One combination, trained unless the same training was done before; returns its results."""
+    configs = each_seed(path, plan)
+    for config in configs:
+        what = str(without_place(config))
+        if what not in trained:
+            train_one(config)
+            trained[what] = str(last_checkpoint(config.run.dir))
+        config.eval.checkpoints = trained[what]
+    return evaluate_all(load_config(path, plan), configs).results
+
+
+def without_place(config: Config) -> dict:
+    """The settings of a training, whatever folder it is in."""
+
+    def opened(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: opened(part) for key, part in value.items()}
+        return value.replace(config.run.dir, "*") if isinstance(value, str) else value
+
+    return opened(to_dict(config) | {"eval": None})
+
+
+def parse(words: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Command-line words -> those that are the same for all, and every combination of the others."""
+    fixed, axes = [], []
+    for word in words:
+        key, _, values = word.partition("=")
+        if not values:
+            axes.append(named(word))
+            continue
+        choices = re.split(r",(?![^\[{]*[\]}])", values)
+        if len(choices) == 1:
+            fixed.append(word)
+        else:
+            axes.append([[f"{key}={choice}"] for choice in choices])
+    if not axes:
+        raise ValueError(f"nothing varies in {words}: expected a key=v1,v2, or one of {', '.join(ablations())}")
+    return fixed, [list(itertools.chain(*combination)) for combination in itertools.product(*axes)]
+
+
+def named(name: str) -> list[list[str]]:
+    """The combinations of one of configs/ablations/paper.yaml. Raises ValueError that names the choices."""
+    if name not in ablations():
+        raise ValueError(f"no ablation {name!r}: expected key=v1,v2, or one of {', '.join(ablations())}")
+    return [line.split() for line in ablations()[name]]
+
+
+def ablations() -> dict[str, list[str]]:
+    return yaml.safe_load(NAMED.read_text(encoding="utf-8"))
+
+
+def name_of(variant: list[str]) -> str:
+    """A folder's name for a combination."""
+    return re.sub(r"[^\w.=+-]", "_", "+".join(word.rpartition("/")[2] for word in variant))
+
+
+if __name__ == "__main__":
+    fail_in_one_line(main)

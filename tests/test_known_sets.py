@@ -1,0 +1,218 @@
+"""Image sets known by name: the table, the counts that are checked, and the configs that name them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import write_images
+from open_clip import IMAGENET_CLASSNAMES
+
+from clipn import known_sets
+from clipn.config import load_config
+from clipn.image_sets import open_image_sets, open_known_set
+from clipn.known_sets import KNOWN_SETS, expected_tree, known_set
+from clipn.prompts import load_class_names
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PROTOCOLS = sorted(CONFIGS.glob("eval_*.yaml"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A known set of 4 images in 2 class folders, named "small"; flat with classes=None, and so on."""
+
+    def _small(**more):
+        row = replace(KNOWN_SETS["textures"], title="Small", images=4, classes=2, example="a/<image>.png")
+        monkeypatch.setitem(known_sets.KNOWN_SETS, "small", replace(row, **more))
+
+    _small()
+    return _small
+
+
+WHOLE = ("a/1.png", "a/2.png", "b/1.png", "b/2.png")
+
+
+# The table
+
+
+def test_every_row_says_where_it_lies_and_who_publishes_it():
+    for name, known in KNOWN_SETS.items():
+        assert known.images > 0 and known.page.startswith("http") and known.example, name
+        assert not Path(known.folder).is_absolute() and ".." not in known.folder, name
+        assert known.url or known.archive, f"{name} can neither be fetched nor put in place"
+        assert known.md5 is None or len(known.md5) == 32, name
+    folders = [known.folder for known in KNOWN_SETS.values() if not known.subset]
+    assert len(set(folders)) == len(folders)
+
+
+def test_the_published_numbers():
+    assert {name: (known.images, known.classes) for name, known in KNOWN_SETS.items()} == {
+        "imagenet": (50000, 1000),
+        "imagenet100": (5000, 100),
+        "inaturalist": (10000, None),
+        "sun": (10000, None),
+        "places": (10000, None),
+        "textures": (5640, 47),
+        "imagenet-o": (2000, 200),
+        "openimage-o": (17632, None),
+        "ninco": (5879, 64),
+        "ssb-hard": (49000, 980),
+        "cifar10": (10000, 10),
+        "cifar100": (10000, 100),
+        "svhn": (26032, 10),
+        "tiny-imagenet": (10000, 200),
+        "lsun": (10000, None),
+    }
+    assert known_set("textures").layout == "47 class folders" and known_set("sun").layout == "flat"
+
+
+def test_an_unknown_name_is_told_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'imagnet'.*imagenet, imagenet100.*lsun"):
+        known_set("imagnet")
+
+
+def test_the_expected_tree_is_one_line_with_the_source():
+    text = expected_tree("imagenet", "/data/imagenet/val")
+    for part in ("50000 images", "1000 class folders", "/data/imagenet/val/n01440764/ILSVRC2012_val", "image-net.org"):
+        assert part in text
+    assert "prepare_data.py imagenet --root" in text and "\n" not in text
+
+
+def test_imagenet_100_has_names_of_its_own_classes():
+    subset = known_set("imagenet100").subset
+    names = json.loads((CONFIGS / "imagenet100_names.json").read_text())
+    assert list(names) == sorted(subset) and len(set(subset)) == 100
+    assert set(names.values()) <= set(IMAGENET_CLASSNAMES) and len(set(names.values())) == 100
+    assert (names["n01498041"], names["n02134084"], names["n13052670"]) == (
+        "stingray",
+        "polar bear",
+        "hen of the woods mushroom",
+    )
+
+
+# Opening one
+
+
+def test_a_whole_set_opens_as_any_other(small, tmp_path):
+    images = open_known_set("mine", "small", write_images(tmp_path, *WHOLE))
+    assert (images.name, images.classes, images.labels) == ("mine", ["a", "b"], [0, 0, 1, 1])
+
+
+def test_a_flat_set_opens_however_deep_its_images_lie(small, tmp_path):
+    small(classes=None)
+    for folder, names in (("top", "abcd"), ("below", ["images/a", "images/b", "images/c", "images/d"])):
+        root = write_images(tmp_path / folder, *(f"{name}.png" for name in names))
+        assert len(open_known_set("mine", "small", root)) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (WHOLE[:3], "found 3 images in 2 class folders"),
+        ((*WHOLE, "b/3.png"), "found 5 images in 2 class folders"),
+        (("a/1.png", "a/2.png", "a/3.png", "a/4.png"), "found 4 images in 1 class folders"),
+        (("1.png", "2.png", "3.png", "4.png"), "the 4 images in .* are not sorted into class folders"),
+        ((), "no image in"),
+    ],
+)
+def test_half_a_set_is_an_error_that_says_what_was_published(small, tmp_path, names, message):
+    root = write_images(tmp_path / "small", *names)
+    with pytest.raises(ValueError, match=f"image set 'mine'.*{message}") as error:
+        open_known_set("mine", "small", root)
+    for part in (
+        str(root),
+        "4 images in 2 class folders",
+        f"{root}/a/<image>.png",
+        "prepare_data.py small",
+        "vgg/data",
+    ):
+        assert part in str(error.value), part
+    assert "\n" not in str(error.value), "the command line shows one line"
+
+
+def test_a_missing_set_is_an_error_that_says_where_to_get_it(small, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'mine'.*no such folder.*gone.*4 images in 2 class.*prepare_data\.py"):
+        open_known_set("mine", "small", tmp_path / "gone")
+
+
+def test_imagenet_in_one_heap_is_explained(tmp_path):
+    root = write_images(tmp_path / "val", "ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG")
+    for name in ("imagenet", "imagenet100"):
+        with pytest.raises(ValueError, match=rf"not sorted into class folders.*{name} --root DIR unpacks and sorts it"):
+            open_known_set("ImageNet-1K", name, root)
+
+
+def test_a_published_subset_is_taken_from_the_whole(small, tmp_path):
+    root = write_images(tmp_path, *WHOLE, "c/1.png")
+    small(subset=("a", "b"))
+    assert open_known_set("mine", "small", root).classes == ["a", "b"]
+    assert open_known_set("mine", "small", root, exclude=["a"]).classes == ["b"]
+    small(subset=("a", "z"))
+    with pytest.raises(ValueError, match=r"no class folder 'z'.*4 images in 2 class folders"):
+        open_known_set("mine", "small", root)
+
+
+def test_a_config_names_a_known_set_beside_its_path(small, tmp_path):
+    root = str(write_images(tmp_path, *WHOLE))
+    (whole, some) = open_image_sets(
+        {"all": {"path": root, "known": "small"}, "some": {"path": root, "known": "small", "exclude": ["a"]}},
+        "eval.ood",
+    )
+    assert (len(whole), some.classes, len(some)) == (4, ["b"], 2)
+    for wrong in ("smal", "", ["small"], 3):
+        with pytest.raises(ValueError, match=r"eval\.ood\.all\.known=.*: expected one of imagenet, .*small"):
+            open_image_sets({"all": {"path": root, "known": wrong}}, "eval.ood")
+    with pytest.raises(ValueError, match=r"eval\.ood\.all.*path with known"):
+        open_image_sets({"all": {"known": "small"}}, "eval.ood")
+
+
+# The protocols
+
+
+@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
+def test_a_protocol_names_known_sets_in_their_folders(path):
+    config = load_config(path, ["data.root=/data"])
+    assert f"--config configs/{path.name}" in path.read_text().split("\nrun:")[0], "it opens with its command"
+    sets = {**config.eval.id, **config.eval.ood}
+    for name, entry in sets.items():
+        if path.stem != "eval_own":
+            assert entry["path"] == f"/data/{known_set(entry['known']).folder}", name
+    with pytest.raises(FileNotFoundError, match="no such folder: /data"):
+        open_image_sets(config.eval.id, "eval.id")
+
+
+def test_the_protocols_are_those_of_the_papers():
+    found = {}
+    for path in PROTOCOLS:
+        settings = load_config(path).eval
+        found[path.stem] = [
+            entry.get("known") for entry in [*settings.id.values(), *settings.ood.values()] if "known" in entry
+        ]
+    mos, small = ["inaturalist", "sun", "places", "textures"], ["svhn", "textures", "tiny-imagenet", "lsun"]
+    assert found == {
+        "eval_imagenet": ["imagenet", *mos],
+        "eval_imagenet_hard": ["imagenet", "imagenet-o", "openimage-o", "ninco", "ssb-hard"],
+        "eval_imagenet100": ["imagenet100", *mos],
+        "eval_cifar10": ["cifar10", "cifar100", *small],
+        "eval_cifar100": ["cifar100", "cifar10", *small],
+        "eval_own": [],
+    }
+
+
+def test_the_names_of_imagenet_100_fit_its_folders(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    names = load_class_names(
+        load_config("configs/eval_imagenet100.yaml").eval.class_names, known_set("imagenet100").subset
+    )
+    assert len(names) == 100 and names[:2] == ["stingray", "ostrich"]
+
+
+def test_the_own_folders_of_the_example_work_as_described(tmp_path):
+    write_images(tmp_path / "my_classes", "polar_bear/1.jpg", "owl/1.png")
+    write_images(tmp_path / "other_things", "cup/1.webp")
+    write_images(tmp_path / "noise", "1.png")
+    settings = load_config(CONFIGS / "eval_own.yaml", [f"data.root={tmp_path}"]).eval
+    (mine,), others = open_image_sets(settings.id, "eval.id"), open_image_sets(settings.ood, "eval.ood")
+    assert load_class_names(settings.class_names, mine.classes) == ["owl", "polar bear"]
+    assert [(images.name, len(images)) for images in others] == [("other things", 1), ("noise", 1)]
