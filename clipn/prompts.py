@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+
+log = logging.getLogger(__name__)
 
 # What the published evaluation leaves out of OpenAI's 80 ImageNet templates, and where its list has a stray comma.
 _LEFT_OUT = (
@@ -125,6 +128,9 @@ def load_class_names(value: Any, folders: Sequence[str]) -> list[str]:
         raise ValueError(f"{source}: expected names, found {'an empty one' if names else 'none'}")
     if folders and len(names) != len(folders):
         raise ValueError(f"{source}: {len(names)} class names for {len(folders)} class folders")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:  # ImageNet has such
+        log.warning("%s: several classes have one name, so nothing tells them apart: %s", source, ", ".join(twice))
     return names
 
 

@@ -220,3 +220,8 @@ def test_name_files_that_cannot_be_read(tmp_path):
     (tmp_path / "word.json").write_text('"abc"')
     with pytest.raises(ValueError, match=r"word\.json"):
         load_class_names(str(tmp_path / "word.json"), FOLDERS)
+
+
+def test_names_that_classes_share_are_allowed_and_told(caplog):
+    assert load_class_names(["sunglasses", "key", "sunglasses"], ["a", "b", "c"]).count("sunglasses") == 2
+    assert "several classes have one name" in caplog.text and "sunglasses" in caplog.text
