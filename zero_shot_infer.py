@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluation = evaluate(config)
         if is_main():
             print(summary(evaluation.results))
-            print(f"done: tables in {config.run.dir}/results.md and .csv, pictures in {config.run.dir}/figures/")
+            print(f"done: {config.run.dir}/report.html; tables in results.md, .csv and .tex beside it")
 
 
 if __name__ == "__main__":

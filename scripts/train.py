@@ -79,7 +79,7 @@ def finish(config: Config, runs: list[Config], evaluation: Evaluation | None) ->
         print(f"done: {', '.join(str(last_checkpoint(run.run.dir)) for run in runs)}")
         return
     print(summary(evaluation.results))
-    print(f"done: table in {config.run.dir}/results.md, pictures in {config.run.dir}/figures/")
+    print(f"done: {config.run.dir}/report.html; tables in results.md, .csv and .tex beside it")
 
 
 if __name__ == "__main__":
