@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # Settings that may differ between a run and its resumption: they do not change what is computed.
 _FREE_KEYS = {
     "data.shards",  # the pairs themselves are compared, wherever they are
+    "data.root",
     "run.dir",
     "run.device",
     "run.seeds",
@@ -51,6 +52,9 @@ _FREE_KEYS = {
     "train.keep_every_epochs",
     "train.log_every_steps",
 }
+
+# What a checkpoint holds of a run's state.
+_STATE = {"step", "pairs", "fingerprint", "ranks", "optimizer", "scaler", "skipped", "skipped_steps"}
 
 
 def checkpoint_folder(run_dir: str | Path) -> Path:
@@ -142,7 +146,7 @@ def find_resume(config: Config) -> dict[str, Any] | None:
     if not content:
         _refuse_another_run(config)
         return None
-    if "training" not in content or "config" not in content:
+    if "config" not in content or not _STATE <= (content.get("training") or {}).keys():
         raise ValueError(f"{path}: holds weights but no state of a training run to resume; use it as model.pretrained")
     _compare_settings(content["config"], config, f"{path} is of a run")
     log.info("going on from %s", path)
