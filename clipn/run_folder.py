@@ -146,7 +146,7 @@ def find_resume(config: Config) -> dict[str, Any] | None:
     if not content:
         _refuse_another_run(config)
         return None
-    if "config" not in content or not _STATE <= (content.get("training") or {}).keys():
+    if "config" not in content or not (content.get("training") or {}).keys() >= _STATE:
         raise ValueError(f"{path}: holds weights but no state of a training run to resume; use it as model.pretrained")
     _compare_settings(content["config"], config, f"{path} is of a run")
     log.info("going on from %s", path)
