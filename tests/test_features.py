@@ -19,6 +19,7 @@ from PIL import Image
 from test_train import ROOT, assert_same, weights
 
 import clipn.files
+import clipn.interrupt
 from clipn.config import load_config
 from clipn.features import count_causes, pair_features
 from clipn.model import CLIPN, create_model_and_transforms, get_tokenizer
@@ -267,6 +268,14 @@ def test_a_damaged_part_is_named(settings, tmp_path, size):
     with pytest.raises(ValueError, match=r"part_00003\.safetensors: not a whole feature file.*delete it"):
         features_of(settings())
     file.unlink()
+    assert len(features_of(settings())) == 20
+
+
+def test_a_signal_that_a_fork_swallowed_is_heeded_at_the_next_batch(settings, monkeypatch):
+    monkeypatch.setattr(clipn.interrupt, "_asked", [15])
+    with pytest.raises(KeyboardInterrupt):
+        features_of(settings())
+    monkeypatch.setattr(clipn.interrupt, "_asked", [])
     assert len(features_of(settings())) == 20
 
 
