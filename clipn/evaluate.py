@@ -17,7 +17,7 @@ from torch import Tensor
 from .checkpoint import read_checkpoint
 from .config import Config
 from .distributed import choose_device, is_main
-from .features import image_set_features, weights_hash
+from .features import image_set_features, tensor_hash
 from .head import Head, build_head
 from .image_sets import ImageSet, open_image_sets
 from .methods import Score, check_methods, feature_methods, image_methods
@@ -146,11 +146,11 @@ def find_checkpoints(config: Config) -> list[str]:
         return [str(own)] if own.is_file() else [given] if given and Path(given).is_file() else []
     paths = []
     for pattern in [asked] if isinstance(asked, str) else asked:
-        found = sorted(glob.glob(str(pattern)))
+        found = [str(pattern)] if Path(pattern).is_file() else sorted(glob.glob(str(pattern)))
         if not found:
             raise FileNotFoundError(f"eval.checkpoints={pattern!r}: no such file")
         paths += found
-    return paths
+    return list({Path(path).resolve(): path for path in paths}.values())  # each once
 
 
 def _models(config: Config) -> Any:
@@ -192,7 +192,7 @@ def _open_sets(config: Config) -> tuple[ImageSet, list[ImageSet], ImageSet | Non
     id_set, train_set = id_sets[0], train_sets[0] if train_sets else None
     if id_set.name in [s.name for s in ood_sets]:
         raise ValueError(f"eval.ood: {id_set.name!r} is the name of the ID set; give one of them another")
-    if train_set and train_set.classes and train_set.classes != id_set.classes:
+    if train_set and train_set.classes and id_set.classes and train_set.classes != id_set.classes:
         raise ValueError(
             f"eval.train: its class folders ({', '.join(train_set.classes[:5])}, ...) are not those of eval.id "
             f"({', '.join(id_set.classes[:5])}, ...)"
@@ -205,7 +205,7 @@ def _judge(
 ) -> dict[str, SetScores]:
     settings, found = config.eval, {}
     of_images = image_methods(settings, model, head)
-    depends_on = f"{weights_hash(head)} {settings.scale}"
+    depends_on = f"{tensor_hash(head.weight_yes)} {settings.scale}"
     for images, features, taken in image_set_features(config, model, image_sets, of_images, depends_on):
         if images.left_out:
             log.warning("%s: %d images are unreadable and left out", images.name, len(images.left_out))
@@ -221,12 +221,16 @@ def _result_rows(
     inside = found[id_set.name]
     labels = inside.images.labels
     accuracy = float((inside.predicted == labels).mean()) if labels else float("nan")
-    return [
-        {"id_set": id_set.name, "ood_set": ood.name, "method": method, "id_accuracy": accuracy, "seed": seed}
-        | ood_metrics(inside.scores[method], found[ood.name].scores[method])
-        for ood in ood_sets
-        for method in methods
-    ]
+    rows = []
+    for ood in ood_sets:
+        for method in methods:
+            try:
+                found_metrics = ood_metrics(inside.scores[method], found[ood.name].scores[method])
+            except ValueError as error:
+                raise ValueError(f"{method} of {id_set.name} and {ood.name}: {error}") from error
+            names = {"id_set": id_set.name, "ood_set": ood.name, "method": method}
+            rows.append(names | {"id_accuracy": accuracy, "seed": seed} | found_metrics)
+    return rows
 
 
 def _decision_rows(

@@ -200,7 +200,7 @@ def image_set_features(
             return {"image": model.encode_image(pixels)} | {name: score(pixels) for name, score in scores.items()}
 
     for images in image_sets:
-        store = _image_store(config, model, images, weights, [*scores, scores_of] if scores else [])
+        store = _image_store(config, model, images, weights, [*sorted(scores), scores_of] if scores else [])
         if store.missing():
             dataset = ImageFiles(images.paths, val_transform(model.preprocess))
             store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
@@ -236,11 +236,14 @@ def _image_store(config: Config, model: CLIPN, images: ImageSet, weights: str, s
 
 def weights_hash(*modules: nn.Module) -> str:
     """SHA-256 over the names, types, shapes and values of modules' weights."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in module.state_dict().items():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    named = ((name, value) for module in modules for name, value in module.state_dict().items())
+    return hashlib.sha256("".join(f"{name} {tensor_hash(value)}" for name, value in named).encode()).hexdigest()
+
+
+def tensor_hash(value: Tensor) -> str:
+    """SHA-256 over a tensor's type, shape and values."""
+    digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
+    digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

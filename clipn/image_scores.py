@@ -31,8 +31,9 @@ def gl_mcm(model: CLIPN, head: Head, images: Tensor, scale: float = 100.0) -> Te
     Both are of cosines at temperature 1, whatever the scale. Raises ValueError for a base without patch features.
     """
     image, patches = local_features(model, images)
-    local = (patches @ head.weight_yes.T).softmax(dim=2).amax(dim=(1, 2))
-    return mcm(head(image, scale)[0], None, scale) + LOCAL_WEIGHT * local
+    with torch.autocast(images.device.type, enabled=False):  # half precision would round many scores to one
+        local = (patches.float() @ head.weight_yes.T).softmax(dim=2).amax(dim=(1, 2))
+    return mcm(_logits(head, image, scale), None, scale) + LOCAL_WEIGHT * local
 
 
 def odin(model: CLIPN, head: Head, images: Tensor, scale: float = 100.0) -> Tensor:
@@ -45,13 +46,19 @@ def odin(model: CLIPN, head: Head, images: Tensor, scale: float = 100.0) -> Tens
     std = torch.tensor(model.preprocess["std"], dtype=images.dtype, device=images.device).view(3, 1, 1)
     with torch.inference_mode(False), torch.enable_grad():
         images = images.detach().clone().requires_grad_()
-        tempered = head(model.encode_image(images), scale)[0] / ODIN_TEMPERATURE
+        tempered = _logits(head, model.encode_image(images), scale) / ODIN_TEMPERATURE
         # times the temperature: only the sign is used, and in half precision a gradient this small would be zero
         wanted = ODIN_TEMPERATURE * tempered.log_softmax(dim=1).max(dim=1).values.sum()
         (gradient,) = torch.autograd.grad(wanted, images)
     with torch.no_grad():
         moved = images + ODIN_NOISE * gradient.sign() / std
-        return (head(model.encode_image(moved), scale)[0] / ODIN_TEMPERATURE).softmax(dim=1).amax(dim=1)
+        return (_logits(head, model.encode_image(moved), scale) / ODIN_TEMPERATURE).softmax(dim=1).amax(dim=1)
+
+
+def _logits(head: Head, features: Tensor, scale: float) -> Tensor:
+    """[B, C] logits_yes, in float32 also within autocast."""
+    with torch.autocast(features.device.type, enabled=False):
+        return head(features.float(), scale)[0]
 
 
 IMAGE_SCORES: dict[str, Callable[..., Tensor]] = {"GL-MCM": gl_mcm, "ODIN": odin}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import EvalConfig
+from .distributed import is_main
 from .feature_scores import FEATURE_SCORES
 from .head import Head
 from .image_scores import IMAGE_SCORES
@@ -26,15 +27,17 @@ METHODS = (*SCORES, *WORD_SCORES, *FEATURE_SCORES, *IMAGE_SCORES)
 
 def check_methods(settings: EvalConfig) -> None:
     """Raises ValueError for a score that is unknown, or that needs eval.train or eval.words where there is none."""
+    if len(set(settings.methods)) < len(settings.methods):
+        raise ValueError(f"eval.methods={settings.methods}: one is named twice")
     for method in settings.methods:
         if method not in METHODS:
             raise ValueError(f"eval.methods: unknown score {method!r}; the scores are: {', '.join(METHODS)}")
         if method in FEATURE_SCORES and not settings.train:
             raise ValueError(f"eval.methods: {method} needs in-distribution training images: name them in eval.train")
         if method in WORD_SCORES and not settings.words:
-            raise ValueError(
-                f"eval.methods: {method} needs candidate words: name a list or WordNet folder in eval.words"
-            )
+            raise ValueError(f"eval.methods: {method} needs candidate words: a list or WordNet folder in eval.words")
+        if method in WORD_SCORES and not Path(settings.words).exists():
+            raise FileNotFoundError(f"eval.words={settings.words!r}: no such word list or WordNet folder")
 
 
 def feature_methods(
@@ -60,7 +63,8 @@ def feature_methods(
             pool = method.removesuffix(WITH_CLIPN)
             words = read_words(settings.words, POOLS[pool].left_out)
             negatives = mine(model, get_tokenizer(model.architecture), words, class_names, POOLS[pool])
-            save_negatives(negatives, folder / f"negatives_{pool}.tsv")
+            if is_main():
+                save_negatives(negatives, folder / f"negatives_{pool}.tsv")
             made[pool] = partial(neglabel, negatives=negatives, scale=settings.scale)
             made[pool + WITH_CLIPN] = partial(neglabel_clipn, negatives=negatives, head=head, scale=settings.scale)
     return {method: made[method] for method in settings.methods if method in made}

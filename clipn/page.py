@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,9 +129,14 @@ def _cards(one: SetScores, chosen: Sequence[int], method: str, class_names: Sequ
         lines.append("class right" if right else f"taken for <b>{html.escape(class_names[guess])}</b>")
         lines.append(f"{html.escape(method)} {one.scores[method][index]:#.4g}")
         lines.append(f"p<sub>yes</sub> {p_yes:.3f}, p<sub>no</sub> {1 - p_yes:.3f}")
-        picture = _thumbnail(path, path.name if label is None else own_names[label])
-        cards.append(f'<li title="{html.escape(path.name)}">{picture}{"<br>".join(lines)}</li>')
+        picture = _thumbnail(path, shown(path.name) if label is None else own_names[label])
+        cards.append(f'<li title="{html.escape(shown(path.name))}">{picture}{"<br>".join(lines)}</li>')
     return f'<ul class="gallery">{"".join(cards)}</ul>'
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that can be written: bytes of a name that are no UTF-8 become question marks."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _thumbnail(path: Path, text: str) -> str:

@@ -120,9 +120,12 @@ def load_class_names(value: Any, folders: Sequence[str]) -> list[str]:
         absent = [folder for folder in folders if folder not in names]
         if absent:
             raise ValueError(f"{source}: no name for the class folder {absent[0]!r} ({len(absent)} in all)")
-        names = [str(names[folder]).split(",")[0].strip() for folder in folders]
+        names = [n.split(",")[0] if isinstance(n := names[folder], str) else n for folder in folders]
     if not isinstance(names, (list, tuple)):
         raise ValueError(f"{source}: expected a list of names, or a name for each class folder; found {names!r}")
+    strange = [name for name in names if not isinstance(name, (str, int)) or isinstance(name, bool)]
+    if strange:  # YAML reads no and null as something else
+        raise ValueError(f"{source}: {strange[0]!r} is no name; put it in quotes")
     names = [str(name).strip() for name in names]
     if not names or not all(names):
         raise ValueError(f"{source}: expected names, found {'an empty one' if names else 'none'}")
@@ -146,4 +149,8 @@ def _read_names(path: Path) -> Any:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -11,7 +11,7 @@ import pandas as pd
 from .figures import draw_bars, draw_histograms, draw_roc, draw_samples
 from .image_sets import ImageSet
 from .metrics import bootstrap_interval
-from .page import figure, gallery, link, page, paragraph
+from .page import figure, gallery, link, page, paragraph, shown
 from .published import Published, published_for
 from .tables import (
     METRICS,
@@ -185,7 +185,7 @@ def _left_out(image_sets: Sequence[ImageSet]) -> str:
     if not lost:
         return ""
     counts = ", ".join(f"{len(i.left_out)} of {len(i) + len(i.left_out)} in {i.name}" for i in image_sets if i.left_out)
-    return "\n".join([f"Unreadable images were left out: {counts}.\n", *(f"- {path}" for _, path in lost), ""])
+    return "\n".join([f"Unreadable images were left out: {counts}.\n", *(f"- {shown(path)}" for _, path in lost), ""])
 
 
 def _title(results: pd.DataFrame) -> str:

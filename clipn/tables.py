@@ -28,8 +28,9 @@ class Table:
     def markdown(self) -> str:
         """Aligned columns under one header line."""
         header = [f"{group} {name}".strip() for group, name in self.columns]
-        widths = [max(len(line[column]) for line in [header, *self.rows]) for column in range(len(header))]
-        lines = [header, ["-" * width for width in widths], *self.rows]
+        texts = [[cell.replace("|", r"\|") for cell in line] for line in [header, *self.rows]]
+        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        lines = [texts[0], ["-" * width for width in widths], *texts[1:]]
         return "".join(
             "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |\n"
             for line in lines

@@ -1,7 +1,7 @@
 """Train and judge every combination of settings: python scripts/ablate.py CONFIG.yaml key=v1,v2 ... [NAME ...]
 
     python scripts/ablate.py configs/toy.yaml train.tso_kind=l2,cosine model.num_prompts=1,4,16
-    python scripts/ablate.py configs/toy.yaml loss tso prompts run.seeds=[0,1,2]
+    python scripts/ablate.py configs/toy.yaml loss run.seeds=[0,1,2]
 
 A NAME is one of configs/ablations/paper.yaml, the ablations of the paper. A word with one value (brackets hold commas
 together) is the same for all. Each combination is a run in run.dir/ablations; the table is run.dir/ablations.md and
@@ -11,6 +11,7 @@ together) is the same for all. Each combination is a run in run.dir/ablations; t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import re
 import sys
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clipn.command import fail_in_one_line, start_log
 from clipn.config import Config, base_config, load_config, to_dict
 from clipn.distributed import choose_device, is_main, process_group
+from clipn.evaluate import check_texts
 from clipn.report import ablation_table
 from clipn.run_folder import last_checkpoint
 from clipn.train import train
@@ -33,6 +35,8 @@ from scripts.train import each_seed, evaluate_all, train_one
 NAMED = Path(__file__).resolve().parent.parent / "configs" / "ablations" / "paper.yaml"
 # Settings that a base CLIP's training does not depend on.
 NOT_OF_THE_BASE = ("eval.", "features.", "model.num_prompts", "train.itbo_", "train.tso_", "data.source")
+# Settings that make other features.
+OF_THE_FEATURES = ("world.", "base", "model.name", "model.pretrained", "data.", "features.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,8 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{arguments.config}: eval.id: names no image set to judge the ablations on")
     folder = Path(config.run.dir) / "ablations"
     plans = [[*fixed, *variant, f"run.dir={folder / name_of(variant)}"] for variant in variants]
-    for plan in plans:
-        each_seed(arguments.config, plan)  # a mistake in the last one is told before the first is trained
+    for plan in plans:  # a mistake in the last one is told before the first is trained
+        for one in each_seed(arguments.config, plan):
+            check_texts(one)
     rows, trained = [], {}
     with process_group(choose_device(config.run.device)):
         common = prepare(arguments.config, fixed, variants, folder)
@@ -67,7 +72,13 @@ def prepare(path: str, fixed: list[str], variants: list[list[str]], folder: Path
     config, place = load_config(path, fixed), f"{folder}/common/seed_${{run.seed}}"
     varied = {word.partition("=")[0] for variant in variants for word in variant}
     common = []
-    if config.world.name and not any(key.startswith("world.") for key in varied):
+    own = [
+        Path(config.run.dir) in Path(path).parents for path in (config.features.dir, config.world.root)
+    ]  # else shared
+    other_features = any(key.startswith(OF_THE_FEATURES) for key in varied) or ["model.num_prompts=0"] in variants
+    if own[0] and not other_features:
+        common.append(f"features.dir={place}/features")
+    if config.world.name and own[1] and not any(key.startswith("world.") for key in varied):
         common.append(f"world.root={place}/world")
     if not config.base or not all(key.startswith(NOT_OF_THE_BASE) for key in varied):
         return common
@@ -111,14 +122,29 @@ def parse(words: list[str]) -> tuple[list[str], list[list[str]]]:
         if not values:
             axes.append(named(word))
             continue
-        choices = re.split(r",(?![^\[{]*[\]}])", values)
+        choices = split(values)
         if len(choices) == 1:
             fixed.append(word)
         else:
             axes.append([[f"{key}={choice}"] for choice in choices])
+    keys = [{word.partition("=")[0] for variant in axis for word in variant} for axis in axes]
+    if len(set().union(*keys)) < sum(map(len, keys)):
+        raise ValueError(f"{' '.join(words)}: one setting is varied twice; ask for one after the other")
     if not axes:
         raise ValueError(f"nothing varies in {words}: expected a key=v1,v2, or one of {', '.join(ablations())}")
     return fixed, [list(itertools.chain(*combination)) for combination in itertools.product(*axes)]
+
+
+def split(values: str) -> list[str]:
+    """A text at the commas that stand in no brackets."""
+    parts, depth = [""], 0
+    for letter in values:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def named(name: str) -> list[list[str]]:
@@ -134,7 +160,9 @@ def ablations() -> dict[str, list[str]]:
 
 def name_of(variant: list[str]) -> str:
     """A folder's name for a combination."""
-    return re.sub(r"[^\w.=+-]", "_", "+".join(word.rpartition("/")[2] for word in variant))
+    words = "+".join(variant)
+    told = re.sub(r"[^\w.=+-]", "_", words)
+    return told if told == words else f"{told}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
 if __name__ == "__main__":

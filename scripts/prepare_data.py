@@ -17,6 +17,7 @@ import sys
 import tarfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def unpack(archive: str | Path, folder: str | Path) -> None:
             with tarfile.open(archive) as content:
                 content.extractall(folder, filter="data")
         shutil.rmtree(folder / "__MACOSX", ignore_errors=True)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"{archive}: no whole tar or zip file, delete it and fetch it again: {error}") from error
 
 

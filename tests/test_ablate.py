@@ -21,6 +21,10 @@ def test_words_become_every_combination():
     assert fixed == ["run.seeds=[0,1]"]
     assert variants == [[f"train.lr={a}", f"model.num_prompts={b}"] for a in (1, 2) for b in (3, 4)]
     assert ablate.parse(["tso"])[1] == [["train.tso_kind=l2"], ["train.tso_kind=cosine"], ["train.tso_weight=0"]]
+    assert ablate.split("[a {},the {}],{a: {b: 1, c: 2}},x") == ["[a {},the {}]", "{a: {b: 1, c: 2}}", "x"]
+    with pytest.raises(ValueError, match="one setting is varied twice"):
+        ablate.parse(["loss", "tso"])
+    assert ablate.name_of(["a=x/c.pt"]) != ablate.name_of(["a=y/c.pt"])
     for words in (["train.lr=1"], ["nothing"], ["train.lr=1,2", "nothing"]):
         with pytest.raises(ValueError, match="loss, tso, prompts"):
             ablate.parse(words)
@@ -37,8 +41,9 @@ def test_a_table_has_every_combination(judged, tmp_path, capsys):
 
 
 def test_a_mistake_is_told_before_anything_is_trained(judged, tmp_path):
-    with pytest.raises(ValueError, match=r"train\.tso_kind"):
-        ablate.main([str(judged), "train.tso_kind=l2,cosin"])
+    for words in (["train.tso_kind=l2,cosin"], ["eval.methods=[MSP],[Nothing]"]):
+        with pytest.raises(ValueError, match="cosin|Nothing"):
+            ablate.main([str(judged), *words])
     assert not (tmp_path / "run/ablations").exists()
 
 

@@ -1,6 +1,7 @@
 """Every score in one evaluation: what each needs, and that each image is still encoded once."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -69,13 +70,36 @@ def test_what_a_score_lacks_is_told_before_any_image_is_read(judge, tmp_path, en
         (["eval.methods=[kNN]", "eval.train=null"], "kNN needs in-distribution training images.*eval.train"),
         (["eval.methods=[CSP]", "eval.words=null"], "CSP needs candidate words.*eval.words"),
         (["eval.methods=[kNN,Nothing]"], "unknown score 'Nothing'; the scores are: MSP, .*NegLabel, .*kNN, .*ODIN"),
-        ([f"eval.train={tmp_path}/id/cat", "eval.methods=[RMD]"], "RMD: .*labels|eval.train"),
     ]:
         with pytest.raises(ValueError, match=message):
             judge(*words)
+    with pytest.raises(FileNotFoundError, match="nowhere.txt"):
+        judge("eval.methods=[NegLabel]", f"eval.words={tmp_path}/nowhere.txt")
+    with pytest.raises(ValueError, match="one is named twice"):
+        judge("eval.methods=[MSP,MSP]")
     with pytest.raises(ValueError, match=r"eval\.train: its class folders \(cat, owl"):
         (tmp_path / "train/dog").rename(tmp_path / "train/owl")
         judge("eval.methods=[kNN]")
+    assert encoded == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_rounds_no_scores_together(judge, precision):
+    found = judge("eval.methods=[GL-MCM,ODIN,MCM]", f"eval.precision={precision}").found["id"].scores
+    assert all(len(set(scores.tolist())) == len(set(found["MCM"].tolist())) for scores in found.values())
+
+
+def test_a_checkpoint_that_is_named_twice_counts_once(judge, tmp_path):
+    results = judge("eval.methods=[MSP]", f"eval.checkpoints=[{tmp_path}/clipn.pt,{tmp_path}/cl*.pt]").results
+    assert len(results) == 1
+
+
+def test_an_image_of_any_name_comes_into_the_report(judge, tmp_path):
+    strange = os.fsencode(tmp_path / "ood") + b"/caf\xe9.png"
+    os.rename(tmp_path / "ood/1.png", strange)
+    (tmp_path / "ood/2.png").rename(os.fsdecode(os.fsencode(tmp_path / "ood") + b"/\xff.png"))
+    judge("eval.methods=[MSP]")
+    assert "</html>" in (tmp_path / "run/report.html").read_text()
 
 
 def test_intervals_on_request(judge, tmp_path):

@@ -225,3 +225,9 @@ def test_name_files_that_cannot_be_read(tmp_path):
 def test_names_that_classes_share_are_allowed_and_told(caplog):
     assert load_class_names(["sunglasses", "key", "sunglasses"], ["a", "b", "c"]).count("sunglasses") == 2
     assert "several classes have one name" in caplog.text and "sunglasses" in caplog.text
+
+
+@pytest.mark.parametrize("names", [[None, "key"], [False, "key"], {"a": ["cat", "tom"], "b": "key"}])
+def test_what_is_no_name_is_told(names):
+    with pytest.raises(ValueError, match="eval.class_names: .* is no name; put it in quotes"):
+        load_class_names(names, ["a", "b"])
