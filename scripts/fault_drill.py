@@ -134,6 +134,14 @@ class Drill:
         file = self.folder / run / "metrics.jsonl"
         return len(file.read_text().splitlines()) if file.is_file() else 0
 
+    def kill_at(self, run: str, steps: int) -> int:
+        """Start a run, kill it once it has taken some steps; returns the step of its newest checkpoint."""
+        process = self.start(self.command(run))
+        self.wait_for_steps(run, steps)
+        process.kill()
+        process.communicate()
+        return self.step(run)
+
     def wait_for_steps(self, run: str, steps: int) -> None:
         while self.lines(run) < steps:
             time.sleep(0.02)
@@ -172,12 +180,7 @@ def extract(drill: Drill) -> tuple[str, bool]:
 
 
 def full_disk(drill: Drill) -> tuple[str, bool]:
-    command = drill.command("full")
-    process = drill.start(command)
-    drill.wait_for_steps("full", 3 * EVERY)
-    process.kill()
-    process.communicate()
-    before = drill.step("full")
+    command, before = drill.command("full"), drill.kill_at("full", 3 * EVERY)
     size = last_checkpoint(drill.folder / "full").stat().st_size
     process = drill.start(command, file_size=size // 2)
     message = process.communicate()[0].splitlines()[-1].replace(str(drill.folder), "")
@@ -189,16 +192,11 @@ def full_disk(drill: Drill) -> tuple[str, bool]:
 
 
 def broken(drill: Drill) -> tuple[str, bool]:
-    command = drill.command("broken")
-    process = drill.start(command)
-    drill.wait_for_steps("broken", 4 * EVERY)
-    process.kill()
-    process.communicate()
+    before = drill.kill_at("broken", 4 * EVERY)
     newest = newest_checkpoint(drill.folder / "broken" / "checkpoints")[0]
-    before = drill.step("broken")
     os.truncate(newest, newest.stat().st_size // 2)  # last.pt is the same file
     after = drill.step("broken")
-    drill.finish(command)
+    drill.finish(drill.command("broken"))
     told = f"{newest.name} was cut short: it went on from step {after} instead of {before}"
     return told, 0 < after < before and drill.same("broken")
 
