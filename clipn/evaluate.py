@@ -17,6 +17,7 @@ from torch import Tensor
 from .checkpoint import read_checkpoint
 from .config import Config
 from .distributed import choose_device, is_main
+from .feature_scores import FEATURE_SCORES
 from .features import image_set_features, tensor_hash
 from .head import Head, build_head
 from .image_sets import ImageSet, open_image_sets
@@ -68,7 +69,8 @@ def evaluate(config: Config) -> Evaluation:
     rows, decisions, first = [], [], None
     for model, seed in _models(config):
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
-        train = next(image_set_features(config, model, [train_set])) if train_set else None
+        fitted = train_set and any(method in FEATURE_SCORES for method in methods)  # else nothing looks at them
+        train = next(image_set_features(config, model, [train_set])) if fitted else None
         known = (train[1], train[0].labels) if train else None
         more = feature_methods(settings, model, head, class_names, known, Path(config.run.dir))
         found = _judge(config, model, head, [id_set, *ood_sets], more)

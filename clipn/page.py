@@ -73,9 +73,9 @@ _PAGE = """<!DOCTYPE html>
 
 def page(title: str, sections: Iterable[tuple[str, str]]) -> str:
     """The whole page. sections: heading (text) and content (HTML); one without content is left out."""
-    shown = [(f"part-{number}", html.escape(head), body) for number, (head, body) in enumerate(sections) if body]
-    links = "".join(f'<a href="#{key}">{head}</a>\n' for key, head, _ in shown)
-    parts = "\n".join(f'<section id="{key}"><h2>{head}</h2>\n{body}\n</section>' for key, head, body in shown)
+    named = [(f"part-{number}", html.escape(head), body) for number, (head, body) in enumerate(sections) if body]
+    links = "".join(f'<a href="#{key}">{head}</a>\n' for key, head, _ in named)
+    parts = "\n".join(f'<section id="{key}"><h2>{head}</h2>\n{body}\n</section>' for key, head, body in named)
     return _PAGE.format(title=html.escape(title), style=_STYLE, links=links, sections=parts)
 
 

@@ -122,9 +122,8 @@ class Checkpoints:
         if epoch:
             second_name(path, self.folder / f"epoch_{epoch}.pt")
         second_name(path, self.folder / "last.pt")
-        for old in [old for old in _by_number(self.folder, "step") if _number(old) <= step][
-            self.train.keep_checkpoints :
-        ]:
+        newest_first = [old for old in _by_number(self.folder, "step") if _number(old) <= step]
+        for old in newest_first[self.train.keep_checkpoints :]:
             old.unlink()
 
 

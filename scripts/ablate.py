@@ -72,13 +72,14 @@ def prepare(path: str, fixed: list[str], variants: list[list[str]], folder: Path
     config, place = load_config(path, fixed), f"{folder}/common/seed_${{run.seed}}"
     varied = {word.partition("=")[0] for variant in variants for word in variant}
     common = []
-    own = [
+    # A folder that does not lie in run.dir is one for all as it is.
+    own_features, own_world = (
         Path(config.run.dir) in Path(path).parents for path in (config.features.dir, config.world.root)
-    ]  # else shared
+    )
     other_features = any(key.startswith(OF_THE_FEATURES) for key in varied) or ["model.num_prompts=0"] in variants
-    if own[0] and not other_features:
+    if own_features and not other_features:
         common.append(f"features.dir={place}/features")
-    if config.world.name and own[1] and not any(key.startswith("world.") for key in varied):
+    if config.world.name and own_world and not any(key.startswith("world.") for key in varied):
         common.append(f"world.root={place}/world")
     if not config.base or not all(key.startswith(NOT_OF_THE_BASE) for key in varied):
         return common

@@ -89,6 +89,11 @@ def test_half_precision_rounds_no_scores_together(judge, precision):
     assert all(len(set(scores.tolist())) == len(set(found["MCM"].tolist())) for scores in found.values())
 
 
+def test_training_images_are_read_only_for_a_score_that_needs_them(judge, encoded):
+    judge("eval.methods=[MSP]")
+    assert sum(encoded) == 8 + 5
+
+
 def test_a_checkpoint_that_is_named_twice_counts_once(judge, tmp_path):
     results = judge("eval.methods=[MSP]", f"eval.checkpoints=[{tmp_path}/clipn.pt,{tmp_path}/cl*.pt]").results
     assert len(results) == 1
