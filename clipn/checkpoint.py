@@ -2,21 +2,29 @@
 
 A file is a dict {"epoch", "name", "state_dict", ...}. The state_dict is flat: `visual.*`, the text tower's parts by
 their own names (`transformer.*`, `ln_final.*`, ...), `logit_scale`, the same parts with `_no` after the first name
-(`transformer_no.*`), and `prompt_no` [P, context, width]. A plain CLIP checkpoint is the same without the last two.
+(`transformer_no.*`), and `prompt_no` [P, context, width]. A plain CLIP checkpoint is the same without the last two, and
+a shared file (clipn/share.py) is the last two alone, as safetensors with the rest of the dict in its header.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save
 
 from .files import whole_file
 
 PROMPTS = "prompt_no"
+SHARED_FORMAT = 1
+_FORMAT_KEY = "clipn_format"  # in a shared file's header
+_FACTS = dict.fromkeys(("architecture", "preprocess", "config"), dict)
+_FACTS |= dict.fromkeys(("model_name", "pretrained", "base_sha256"), str)
 
 # Constants that some writers store beside the weights; they are rebuilt from the model's config.
 _NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size", "transformer.embeddings.position_ids")
@@ -34,21 +42,43 @@ def published_name(name: str) -> str:
 
 def is_clipn(state: dict[str, torch.Tensor]) -> bool:
     """Whether a flat state_dict holds a no tower or prompts."""
-    return any(key.split(".")[0].endswith("_no") for key in state)
+    return any(_is_no(key) for key in state)
+
+
+def base_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The part of a flat state_dict that is the base CLIP: empty for a shared file."""
+    return {key: value for key, value in state.items() if not _is_no(key)}
+
+
+def no_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The part of a flat state_dict that CLIPN adds: the no tower and the prompts."""
+    return {key: value for key, value in state.items() if _is_no(key)}
+
+
+def base_hash(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the names and values of a base CLIP's weights, the same for every file and dtype they came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(base_weights(state).items()):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(key.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file into a dict whose "state_dict" has flat, unprefixed names.
 
-    Takes .safetensors, and PyTorch files with or without the wrapping dict and the "module." prefix. Nothing in the
-    file is executed. Raises FileNotFoundError, or ValueError for a file that is no checkpoint or would run code.
+    Takes .safetensors, and PyTorch files with or without the wrapping dict and the "module." prefix. What a shared
+    file's header tells stands beside "state_dict". Nothing in the file is executed. Raises FileNotFoundError, or
+    ValueError for a file that is no checkpoint or would run code.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content = _read_safetensors(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -62,6 +92,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if "state_dict" not in content:
         content = {"state_dict": content}
     content["state_dict"] = _flat(content["state_dict"], path)
+    if "trust_remote_code" in str(content.get("architecture")):  # transformers would run a stranger's code
+        raise ValueError(f"{path}: refused: its architecture asks for trust_remote_code, which would run code")
     return content
 
 
@@ -98,6 +130,34 @@ def write_checkpoint(content: dict[str, Any], path: str | Path) -> None:
             torch.save(content, file)
     except RuntimeError as error:  # what torch.save says of a full disk
         raise OSError(f"{path}: could not be written (is the disk full?): {str(error).splitlines()[0]}") from error
+
+
+def write_shared(state: dict[str, torch.Tensor], facts: dict[str, Any], path: str | Path) -> None:
+    """Write the no tower and prompts of a flat state_dict as safetensors, with `facts`, JSON values, in the header."""
+    header = {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in facts.items()}
+    header |= {"format": "pt", _FORMAT_KEY: str(SHARED_FORMAT)}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in no_weights(state).items()}
+    with whole_file(path) as file:
+        file.write(save(tensors, header))
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        names, header = file.keys(), file.metadata() or {}
+        content = {"state_dict": {name: file.get_tensor(name) for name in names}}
+    if _FORMAT_KEY not in header:
+        return content
+    if header[_FORMAT_KEY] != str(SHARED_FORMAT):
+        raise ValueError(f"{_FORMAT_KEY} {header[_FORMAT_KEY]}: this version of clipn reads {SHARED_FORMAT}")
+    facts = {key: json.loads(value) for key, value in header.items() if key not in ("format", _FORMAT_KEY)}
+    for key, kind in _FACTS.items():
+        if not isinstance(facts.get(key), (kind, type(None))):
+            raise ValueError(f"its header's {key} is {type(facts[key]).__name__}, expected {kind.__name__}")
+    return facts | content
+
+
+def _is_no(key: str) -> bool:
+    return key.split(".")[0].endswith("_no")
 
 
 def _flat(state: Any, path: Path) -> dict[str, torch.Tensor]:

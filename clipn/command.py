@@ -14,12 +14,13 @@ from .interrupt import Interrupted, heed_signals
 
 FAILED = 1  # the message says what to change
 RESUME = 75  # stopped on request: the same command goes on
+STOPPED = 130  # stopped on request: the same command begins anew
 
 log = logging.getLogger("clipn")
 
 
-def start_log(folder: str | Path) -> None:
-    """Send the package's messages to the terminal and to the file `log` in a run's folder.
+def start_log(folder: str | Path | None) -> None:
+    """Send the package's messages to the terminal and, if there is one, to the file `log` in a run's folder.
 
     Of the other ranks, warnings go to `log.rankN` and errors to the terminal.
     """
@@ -32,6 +33,8 @@ def start_log(folder: str | Path) -> None:
     terminal.setLevel(logging.INFO if is_main() else logging.ERROR)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(terminal)
+    if folder is None:
+        return
     Path(folder).mkdir(parents=True, exist_ok=True)
     name = "log" if is_main() else f"log.rank{rank()}"
     file = logging.FileHandler(Path(folder) / name, encoding="utf-8", delay=True)

@@ -21,9 +21,12 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r}: expected auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
-        raise ValueError(f"run.device={name}: this machine has {torch.cuda.device_count()} visible GPUs")
+        raise ValueError(f"device={name}: this machine has {torch.cuda.device_count()} visible GPUs")
     return device
 
 

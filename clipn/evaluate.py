@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .base import get_tokenizer
 from .checkpoint import read_checkpoint
 from .config import Config
 from .distributed import choose_device, is_main
@@ -23,11 +24,12 @@ from .head import Head, build_head
 from .image_sets import ImageSet, open_image_sets
 from .methods import Score, check_methods, feature_methods, image_methods
 from .metrics import ood_metrics
-from .model import CLIPN, create_model_and_transforms, get_tokenizer, load_model
+from .model import CLIPN, create_model_and_transforms, load_model
 from .prompts import load_class_names, load_templates
 from .report import write_report
 from .run_folder import last_checkpoint
 from .scores import DECISIONS, SCORES
+from .share import find_weights
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +142,8 @@ def score_features(
 def find_checkpoints(config: Config) -> list[str]:
     """The checkpoints that eval.checkpoints, this run's own folder, or model.pretrained name, in that order.
 
-    Raises FileNotFoundError for a path or glob that matches nothing. An open_clip tag in model.pretrained gives [].
+    eval.checkpoints: files, globs of them, runs' or shared folders, "hf://user/repo". Raises FileNotFoundError for one
+    that matches nothing. An open_clip tag in model.pretrained gives [].
     """
     asked: Any = config.eval.checkpoints
     if not asked:
@@ -148,7 +151,8 @@ def find_checkpoints(config: Config) -> list[str]:
         return [str(own)] if own.is_file() else [given] if given and Path(given).is_file() else []
     paths = []
     for pattern in [asked] if isinstance(asked, str) else asked:
-        found = [str(pattern)] if Path(pattern).is_file() else sorted(glob.glob(str(pattern)))
+        file = find_weights(pattern)
+        found = [str(file)] if file else sorted(glob.glob(str(pattern)))
         if not found:
             raise FileNotFoundError(f"eval.checkpoints={pattern!r}: no such file")
         paths += found
@@ -168,7 +172,9 @@ def _models(config: Config) -> Any:
         content = read_checkpoint(path)
         if not content.get("preprocess") and settings.image_mean is None:
             log.warning("%s does not say its images' statistics: CLIP's are used (see model.image_mean)", path)
-        model = load_model(content, path, content.get("architecture") or settings.name, settings.num_prompts)
+        architecture, base = content.get("architecture") or settings.name, settings.pretrained
+        base = None if base == path else base  # of a shared file, which holds the no tower alone
+        model = load_model(content, path, architecture, settings.num_prompts, base)
         model.set_statistics(*statistics)
         yield model.to(device).eval(), _seed_of(content, config.run.seed)
     if not paths:

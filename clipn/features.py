@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .base import context_length
 from .config import Config
 from .distributed import barrier, is_main
 from .feature_store import Encode, FeatureStore, autocast
 from .image_sets import UNREAD, ImageFiles, ImageSet
 from .images import val_transform
-from .model import CLIPN, context_length
+from .model import CLIPN
 from .pairs import (
     CAUSES,
     BadPair,

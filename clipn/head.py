@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from .distributed import is_main
 from .model import CLIPN
-from .prompts import check_templates, fill, negate
+from .prompts import check_class_names, check_templates, fill, negate
 
 
 class Head(nn.Module):
@@ -43,12 +45,7 @@ def build_head(
     Raises ValueError for no class names, an empty one, or a template without "{}".
     """
     templates = check_templates(templates)
-    if (
-        isinstance(class_names, str)
-        or not len(class_names)
-        or not all(isinstance(name, str) and name.strip() for name in class_names)
-    ):
-        raise ValueError(f"class_names={class_names!r}: expected a list of at least one name, none of them empty")
+    class_names = check_class_names(class_names)
     no_templates = templates if model.num_prompts else [negate(template) for template in templates]
     weight_yes = _class_weights(model.encode_text, tokenizer, class_names, templates, model, batch_size)
     weight_no = _class_weights(model.encode_no_text, tokenizer, class_names, no_templates, model, batch_size)
@@ -66,8 +63,19 @@ def _class_weights(
 ) -> Tensor:
     was_training = model.training
     model.eval()
-    texts = [fill(template, name) for name in class_names for template in templates]
-    batches = (texts[start : start + batch_size] for start in range(0, len(texts), batch_size))
-    features = torch.cat([encode(tokenizer(batch)) for batch in batches])
+    at_once = max(1, batch_size // len(templates))  # whole classes: a thousand of them need no more memory than one
+    weights = []
+    hidden = None if is_main() else True
+    with tqdm(total=len(class_names), unit="class", desc="class names", disable=hidden, delay=2, leave=False) as bar:
+        for start in range(0, len(class_names), at_once):
+            names = class_names[start : start + at_once]
+            texts = [fill(template, name) for name in names for template in templates]
+            features = torch.cat([encode(tokenizer(part)) for part in _parts(texts, batch_size)])
+            weights.append(F.normalize(features.unflatten(0, (len(names), len(templates))).sum(dim=1), dim=-1))
+            bar.update(len(names))
     model.train(was_training)
-    return F.normalize(features.unflatten(0, (len(class_names), len(templates))).sum(dim=1), dim=-1)
+    return torch.cat(weights)
+
+
+def _parts(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (texts[start : start + size] for start in range(0, len(texts), size))

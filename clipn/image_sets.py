@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,14 @@ def open_image_set(
     if loose and (classes or exclude):
         raise ValueError(f"image set {name!r}: {root} has images beside its class folders, so none can be chosen")
     if loose or not folders:  # not sorted into classes: every image below, without labels
-        paths = sorted(_images(root))
+        paths = sorted(find_images(root))
         if not paths:
             raise ValueError(f"image set {name!r}: no image in {root} ({', '.join(IMAGE_SUFFIXES)})")
         return ImageSet(name, root, paths, [], [])
     kept = [folder for folder in folders if (classes is None or folder in classes) and folder not in exclude]
     paths, labels = [], []
     for label, folder in enumerate(kept):
-        found = sorted(_images(root / folder))
+        found = sorted(find_images(root / folder))
         if not found:
             raise ValueError(f"image set {name!r}: the class folder {root / folder} holds no image")
         paths += found
@@ -183,10 +183,17 @@ def _names_of(folders: Sequence[str], key: str) -> list[str]:
     raise ValueError(f"{key}: the same folder is listed twice: {', '.join(folders)}")
 
 
-def _images(folder: Path) -> Iterable[Path]:
+def find_images(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
+    """The image files in and below a folder, in order, but for hidden ones and those in the folder `leave_out`."""
+    seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
+        place = os.stat(parent)
+        if (place.st_dev, place.st_ino) in seen or leave_out and os.path.samefile(parent, leave_out):
+            folders.clear()  # a link back, which has no end
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
             if _is_image(name):
                 yield Path(parent) / name
 

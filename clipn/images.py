@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import transforms
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 Transform = Callable[[Image.Image], Tensor]
+AnyImage = str | Path | bytes | Image.Image | np.ndarray | Tensor  # what `any_image` takes
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     with Image.open(source) as image:
-        upright = ImageOps.exif_transpose(image)  # a camera's pictures may lie on their side
-        if upright.mode[0] in "IF":  # 16 bits or a float a pixel, which PIL would clip, not scale
-            upright = _to_8_bits(upright)
-        return upright.convert("RGB")
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB: upright as its EXIF data says, 8 bits a channel."""
+    upright = ImageOps.exif_transpose(image)  # a camera's pictures may lie on their side
+    if upright.mode[0] in "IF":  # 16 bits or a float a pixel, which PIL would clip, not scale
+        upright = _to_8_bits(upright)
+    return upright.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -49,6 +56,55 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     elif image.mode not in "IF" or values.max() > 255:
         values = values / 256
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def any_image(image: AnyImage) -> Image.Image | Tensor:
+    """What users have, as an RGB picture; or as it is, if it is one already preprocessed.
+
+    Paths and a file's bytes are decoded. Arrays are [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], of 0..255 in uint8 or
+    0..1 in floats. Tensors are pixels [1 or 3, H, W] in uint8, or what `val_transform` made, in floats. URLs are never
+    fetched. Raises ValueError or FileNotFoundError, in one line, for what is no readable image.
+    """
+    if isinstance(image, Tensor):
+        return _pixels_of_tensor(image) if image.dtype == torch.uint8 else image
+    if isinstance(image, np.ndarray):
+        return _pixels_of_array(image)
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, str) and "://" in image:
+        raise ValueError(f"{image}: URLs are not fetched; download it, and give its path or bytes")
+    if not isinstance(image, (str, Path, bytes)):
+        kinds = "a path, bytes, a PIL image, an array or a tensor"
+        raise ValueError(f"{type(image).__name__}: not an image; expected {kinds}")
+    name = "the bytes given" if isinstance(image, bytes) else str(image)
+    try:
+        return open_image(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: no image, or of an unknown format") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: no such file") from error
+    except Exception as error:  # PIL raises many kinds
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise ValueError(f"{name}: no readable image: {reason}") from error
+
+
+def _pixels_of_array(array: np.ndarray) -> Image.Image:
+    grey = array.ndim == 2 or array.ndim == 3 and array.shape[2] == 1
+    if not array.size or not grey and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        raise ValueError(f"array of shape {list(array.shape)}: expected [height, width] or [height, width, 1, 3 or 4]")
+    if array.dtype == bool or array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"array of {array.dtype}: expected values of 0..1, or of 0..255 in uint8")
+        array = (array * 255.0).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"array of {array.dtype}: expected values of 0..255 in uint8, or of 0..1 in floats")
+    return Image.fromarray(array[..., 0] if grey and array.ndim == 3 else array).convert("RGB")
+
+
+def _pixels_of_tensor(pixels: Tensor) -> Image.Image:
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or not pixels.numel():
+        raise ValueError(f"uint8 tensor of shape {list(pixels.shape)}: expected [1 or 3, height, width]")
+    return _pixels_of_array(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def train_transform(preprocess: dict, augmentation: Augmentation | None = None) -> Transform:

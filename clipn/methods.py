@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .base import get_tokenizer
 from .config import EvalConfig
 from .distributed import is_main
 from .feature_scores import FEATURE_SCORES
 from .head import Head
 from .image_scores import IMAGE_SCORES
-from .model import CLIPN, get_tokenizer
+from .model import CLIPN
 from .neglabel import POOLS, mine, neglabel, neglabel_clipn, read_words, save_negatives
 from .scores import SCORES
 

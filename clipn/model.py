@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
-import logging
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.pretrained import get_pretrained_cfg
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from .checkpoint import PROMPTS, is_clipn, load_weights, published_name, read_checkpoint
+from .base import Architecture, build_base, build_from_config, context_length, find_architecture, load_base
+from .checkpoint import PROMPTS, base_hash, base_weights, is_clipn, load_weights, published_name, read_checkpoint
 from .images import Transform, train_transform, val_transform
 from .text import compile_text, is_standard, text_features, token_embedding
-
-Architecture = dict[str, Any]  # an open_clip JSON model config: embed_dim, vision_cfg, text_cfg, ...
 
 
 class NoTextTower(nn.Module):
@@ -131,6 +123,7 @@ def create_model_and_transforms(
     device: str | torch.device = "cpu",
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
+    base: str | Path | None = None,
 ) -> tuple[CLIPN, Transform, Transform]:
     """Build a CLIPN and its image transforms (training, validation).
 
@@ -139,148 +132,71 @@ def create_model_and_transforms(
         tower and the number of prompts; from a plain CLIP the no tower is a copy of the text tower. None leaves the
         base random, as open_clip does.
     image_mean, image_std: for a checkpoint that does not carry its own statistics.
+    base: for a shared file, which holds the no tower alone: its base CLIP, as in `load_model`.
 
     Raises ValueError or FileNotFoundError for unknown names and for files that do not fit.
     """
     if pretrained is not None and Path(pretrained).is_file():
-        model = load_model(read_checkpoint(pretrained), str(pretrained), model_name, num_prompts)
+        model = load_model(read_checkpoint(pretrained), str(pretrained), model_name, num_prompts, base)
     else:
-        base, architecture = build_base(model_name, pretrained)
-        model = CLIPN(base, num_prompts, architecture)
+        clip, architecture = build_base(model_name, pretrained)
+        model = CLIPN(clip, num_prompts, architecture)
     model.set_statistics(image_mean, image_std)
     model.to(device).eval()
     return model, train_transform(model.preprocess), val_transform(model.preprocess)
 
 
-def load_model(content: dict[str, Any], source: str, model_name: str | Architecture, num_prompts: int = 16) -> CLIPN:
+def load_model(
+    content: dict[str, Any],
+    source: str,
+    model_name: str | Architecture,
+    num_prompts: int = 16,
+    base: str | Path | None = None,
+) -> CLIPN:
     """A CLIPN from a checkpoint that has been read, and `source`, its name for messages.
 
     A CLIPN checkpoint decides the number of prompts; a plain CLIP gets `num_prompts` of them, and a no tower that is a
-    copy of its text tower. Raises ValueError for weights that do not fit the model.
+    copy of its text tower. base: for a shared file, an open_clip tag or a checkpoint with the base CLIP; by default
+    the tag that the file names. Raises ValueError for weights that do not fit the model, and for another base.
     """
     architecture = find_architecture(model_name)
+    if (content.get("architecture") or {}).get("quick_gelu"):
+        architecture["quick_gelu"] = True  # the weights decide the activation, not the name
+    clipn = is_clipn(content["state_dict"])
+    if clipn and not base_weights(content["state_dict"]):
+        content = _with_base(content, source, model_name, base)
     state = content["state_dict"]
-    clipn = is_clipn(state)
     saved = ((content.get("config") or {}).get("model") or {}).get("num_prompts", 0)
     if clipn and (state[PROMPTS].ndim != 3 if PROMPTS in state else saved):
         raise ValueError(f"{source}: {PROMPTS} is missing or not of the shape [prompts, context, width]")
-    base = _build_from_config(architecture, fetch_text=False)
-    base.visual.preprocess_cfg.update(content.get("preprocess") or {})
+    clip = build_from_config(architecture, fetch_text=False)
+    clip.visual.preprocess_cfg.update(content.get("preprocess") or {})
     if not clipn:
-        load_base(base, state, source)
-    model = CLIPN(base, len(state.get(PROMPTS, ())) if clipn else num_prompts, architecture)
+        load_base(clip, state, source)
+    model = CLIPN(clip, len(state.get(PROMPTS, ())) if clipn else num_prompts, architecture)
     if clipn:
         load_weights(model, state, model.published_names(), source)
     return model
 
 
-def build_base(model_name: str | Architecture, pretrained: str | Path | None = None) -> tuple[nn.Module, Architecture]:
-    """An open_clip model with its text tower at `.text`, and the JSON config that describes it.
-
-    pretrained: an open_clip tag, a path to a plain CLIP checkpoint, or None for random weights.
-    """
-    architecture = find_architecture(model_name)
-    if pretrained is not None and Path(pretrained).is_file():
-        content = read_checkpoint(pretrained)
-        base = _build_from_config(architecture, fetch_text=False)
-        base.visual.preprocess_cfg.update(content.get("preprocess") or {})
-        load_base(base, content["state_dict"], str(pretrained))
-    elif pretrained is not None:
-        base = _build_from_tag(model_name, str(pretrained), architecture)
-    elif isinstance(model_name, str) and model_name.startswith(("hf-hub:", "local-dir:")):
-        base = open_clip.create_model(model_name, force_custom_text=True)
+def _with_base(
+    content: dict[str, Any], source: str, model_name: str | Architecture, base: str | Path | None
+) -> dict[str, Any]:
+    """A shared file's content with the weights of its base beside its own. Raises ValueError for another base."""
+    name, tag, sha256 = content.get("model_name") or model_name, content.get("pretrained"), content.get("base_sha256")
+    own = f"{name} {tag}" if tag else f"the CLIP of SHA-256 {str(sha256)[:12]}"
+    base = str(base or tag or "")
+    if Path(base).is_file():
+        found = read_checkpoint(base)
+    elif base and isinstance(name, str):
+        clip, _ = build_base(base) if base.startswith("hf-hub:") else build_base(name, base)
+        state = {published_name(key): value for key, value in clip.state_dict().items()}
+        found = {"state_dict": state, "preprocess": dict(clip.visual.preprocess_cfg)}
     else:
-        base = _build_from_config(architecture, architecture["text_cfg"].get("hf_model_pretrained", True))
-    return base, architecture
-
-
-def find_architecture(model_name: str | Architecture) -> Architecture:
-    """The open_clip model config behind a built-in name, a JSON file or an `hf-hub:` / `local-dir:` name.
-
-    Raises FileNotFoundError for a missing file, ValueError for an unknown name or a file that is no model config.
-    """
-    if isinstance(model_name, dict):
-        return copy.deepcopy(model_name)
-    if str(model_name).endswith(".json"):
-        return _read_architecture(Path(model_name))
-    architecture = open_clip.get_model_config(model_name)
-    if architecture is None:
-        raise ValueError(
-            f"model {model_name!r} is unknown: expected a path ending in .json, or one of open_clip's names: "
-            + ", ".join(open_clip.list_models())
-        )
-    return architecture
-
-
-def context_length(architecture: Architecture) -> int:
-    """The number of tokens that this model's tokenizer makes of a text."""
-    return architecture["text_cfg"].get("context_length", 77)
-
-
-def get_tokenizer(model_name: str | Architecture) -> Callable[[str | list[str]], Tensor]:
-    """The tokenizer of a model: texts -> [B, context_length] int64. Takes what `create_model_and_transforms` takes."""
-    if isinstance(model_name, str) and not model_name.endswith(".json"):
-        find_architecture(model_name)  # open_clip would answer an unknown name with some tokenizer
-        return open_clip.get_tokenizer(model_name)
-    text = find_architecture(model_name)["text_cfg"]
-    options = dict(text.get("tokenizer_kwargs") or {}, context_length=text.get("context_length", 77))
-    if text.get("hf_tokenizer_name"):
-        return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
-    return SimpleTokenizer(**options)
-
-
-def load_base(base: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copy a flat state_dict, all of it, into an open_clip model. Raises ValueError as `load_weights` does."""
-    load_weights(base, state, {name: published_name(name) for name in base.state_dict()}, source)
-
-
-def _read_architecture(path: Path) -> Architecture:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such model config file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    architecture = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in architecture]
-    if missing:
-        raise ValueError(f"{path}: not an open_clip model config: {', '.join(missing)} is missing")
-    return architecture
-
-
-def _build_from_tag(model_name: str | Architecture, tag: str, architecture: Architecture) -> nn.Module:
-    tags = [] if isinstance(model_name, dict) else open_clip.list_pretrained_tags_by_model(model_name)
-    if tag not in tags:
-        raise ValueError(
-            f"pretrained={tag!r}: no such file, and no open_clip tag of {model_name!r}; its tags are: "
-            + (", ".join(tags) or "none")
-        )
-    # The weights decide the activation: open_clip only warns when the name says otherwise.
-    if get_pretrained_cfg(model_name, tag).get("quick_gelu"):
-        architecture["quick_gelu"] = True
-    quick_gelu = architecture.get("quick_gelu", False)
-    return open_clip.create_model(model_name, tag, force_custom_text=True, force_quick_gelu=quick_gelu)
-
-
-def _build_from_config(architecture: Architecture, fetch_text: bool) -> nn.Module:
-    # open_clip reads a config that is not its own only from a folder.
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture}))
-        try:
-            return open_clip.create_model(
-                f"local-dir:{folder}", load_weights=False, force_custom_text=True, pretrained_text=fetch_text
-            )
-        except (TypeError, KeyError, AssertionError) as error:
-            raise ValueError(f"not a model that open_clip can build: {error}; its config: {architecture}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's word that a model has no weights yet: they are loaded next, or random on purpose."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+        why = f"base={base!r} is no such file" if base else "it holds the no tower alone"
+        raise FileNotFoundError(f"{source}: {why}; give a checkpoint of {own} as base")
+    weights = base_weights(found["state_dict"])
+    if sha256 and base_hash(weights) != sha256:
+        raise ValueError(f"{source}: belongs to {own}; base={base!r} holds other weights")
+    preprocess = content.get("preprocess") or found.get("preprocess")
+    return content | {"state_dict": weights | content["state_dict"], "preprocess": preprocess}

@@ -10,12 +10,13 @@ import torch
 from open_clip import ClipLoss
 from torch import Tensor, nn
 
+from .base import Architecture, build_base, load_base
 from .checkpoint import load_weights, published_name
 from .config import Config
 from .distributed import gather_rows, rank, world_size
 from .feature_store import autocast
 from .losses import itbo_loss, tso_loss
-from .model import Architecture, build_base, create_model_and_transforms, load_base
+from .model import create_model_and_transforms
 from .text import compile_text, text_features
 
 Batch = dict[str, Tensor]

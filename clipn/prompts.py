@@ -86,21 +86,31 @@ def check_templates(templates: Sequence[str], source: str = "templates") -> list
     return list(templates)
 
 
-def load_templates(value: Any) -> list[str]:
-    """Templates from a set's name, a text file (one per line), or a list.
+def load_templates(value: Any, source: str = "eval.templates") -> list[str]:
+    """Templates from a set's name, a text file (one per line), or a list. `source`: who gave it, for messages.
 
     Raises ValueError or FileNotFoundError that names the value and the choices.
     """
     if not isinstance(value, str):
-        return check_templates(value, "eval.templates")
+        return check_templates(value, source)
     if value in TEMPLATE_SETS:
         return TEMPLATE_SETS[value]()
     if not Path(value).is_file():
-        raise FileNotFoundError(f"eval.templates={value!r}: no such file, nor one of {', '.join(TEMPLATE_SETS)}")
+        raise FileNotFoundError(f"{source}={value!r}: no such file, nor one of {', '.join(TEMPLATE_SETS)}")
     return check_templates(_lines(Path(value)), value)
 
 
-def load_class_names(value: Any, folders: Sequence[str]) -> list[str]:
+def check_class_names(class_names: Sequence[str]) -> list[str]:
+    """The names as a list. Raises ValueError if there is none, or one that is empty or no text."""
+    names = list(() if class_names is None else class_names)
+    wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
+    if isinstance(class_names, str) or not names or wrong:
+        found = f"{wrong[0]!r} among them" if wrong else repr(class_names)
+        raise ValueError(f"class_names: expected a list of at least one name, none of them empty; found {found}")
+    return names
+
+
+def load_class_names(value: Any, folders: Sequence[str] = (), source: str = "eval.class_names") -> list[str]:
     """One class name per class folder, in the order of `folders`.
 
     value: "folders" (the folder names, underscores as spaces), "imagenet" (open_clip's 1000), a list, a .txt file
@@ -108,14 +118,14 @@ def load_class_names(value: Any, folders: Sequence[str]) -> list[str]:
 
     Raises ValueError when the number differs from the folders', FileNotFoundError for a missing file.
     """
-    source = f"eval.class_names={value!r}" if isinstance(value, str) else "eval.class_names"
+    source = f"{source}={value!r}" if isinstance(value, str) else source
     names = value
     if value == "folders":
         names = [folder.replace("_", " ") for folder in folders]
     elif value == "imagenet":
         names = list(IMAGENET_CLASSNAMES)
     elif isinstance(value, str):
-        names = _read_names(Path(value))
+        names = _read_names(Path(value), source)
     if isinstance(names, dict):
         absent = [folder for folder in folders if folder not in names]
         if absent:
@@ -137,9 +147,21 @@ def load_class_names(value: Any, folders: Sequence[str]) -> list[str]:
     return names
 
 
-def _read_names(path: Path) -> Any:
+def class_names_of(value: str, source: str = "--classes") -> list[str]:
+    """The names that a command is given: a file as in `load_class_names`, imagenet, or names such as cat,dog.
+
+    Raises ValueError or FileNotFoundError that names the value.
+    """
+    if value == "imagenet" or Path(value).is_file():
+        return load_class_names(value, source=source)
+    if "," not in value:
+        raise FileNotFoundError(f"{source}={value!r}: no such file; names are given as cat,dog (one alone as cat,)")
+    return load_class_names([name for name in value.split(",") if name.strip()], source=source)
+
+
+def _read_names(path: Path, source: str) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"eval.class_names={str(path)!r}: no such file, nor 'imagenet' or 'folders'")
+        raise FileNotFoundError(f"{source}: no such file, nor 'imagenet' or 'folders'")
     if path.suffix != ".json":
         return _lines(path)
     try:

@@ -14,11 +14,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from .base import get_tokenizer
 from .config import Config, save_config, to_dict
 from .distributed import barrier, choose_device, gather_rows, is_main, mean_over_ranks, world_size
 from .features import count_causes, feature_loader, pair_features
 from .interrupt import Interrupted, stop_signals
-from .model import get_tokenizer
 from .objectives import OBJECTIVES, Batch, Objective
 from .optimizer import build_optimizer, learning_rate
 from .pairs import CAUSES, Pairs, check_bad_fraction, epoch_batches, fingerprint, open_pairs, training_loader

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from clipn.base import context_length
 from clipn.command import fail_in_one_line
 from clipn.config import PRECISIONS, Config, ModelConfig, RunConfig, TrainConfig
 from clipn.distributed import choose_device
@@ -38,7 +39,6 @@ from clipn.feature_store import DTYPES, autocast
 from clipn.features import pair_encoder
 from clipn.head import Head
 from clipn.image_sets import ImageSet
-from clipn.model import context_length
 from clipn.objectives import ClipnObjective
 from clipn.pairs import CAUSES
 from clipn.scores import SCORES

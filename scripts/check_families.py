@@ -16,9 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from clipn.base import Architecture, context_length, find_architecture
 from clipn.checkpoint import write_checkpoint
 from clipn.losses import itbo_loss, tso_loss
-from clipn.model import Architecture, context_length, create_model_and_transforms, find_architecture
+from clipn.model import create_model_and_transforms
 
 FAMILIES = [
     "ViT-B-32",

@@ -19,11 +19,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from clipn.base import get_tokenizer
 from clipn.checkpoint import read_checkpoint
 from clipn.command import fail_in_one_line
 from clipn.head import build_head
 from clipn.images import open_image, val_transform
-from clipn.model import get_tokenizer, load_model
+from clipn.model import load_model
 from clipn.pairs import ShardPairs, expand_patterns
 from clipn.prompts import simple_templates
 

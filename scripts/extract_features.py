@@ -12,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from clipn.base import get_tokenizer
 from clipn.command import fail_in_one_line, start_log
 from clipn.config import load_config
 from clipn.distributed import choose_device, is_main, process_group
 from clipn.features import pair_features
-from clipn.model import create_model_and_transforms, get_tokenizer
+from clipn.model import create_model_and_transforms
 from clipn.pairs import open_pairs
 
 

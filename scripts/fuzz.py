@@ -38,9 +38,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import clipn.shard_index
+from clipn.base import get_tokenizer
 from clipn.config import DataConfig, load_config
 from clipn.images import default_preprocess, train_transform
-from clipn.model import get_tokenizer
 from clipn.pairs import CAUSES, BadPair, PairDataset, Pairs, ShardPairs, open_pairs
 from scripts.fuzz_cases import config_files, shard_files, table_files
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 from helpers import numbered_samples, write_shard
 
+from clipn.base import build_base
 from clipn.checkpoint import write_checkpoint
 from clipn.config import DataConfig
 from clipn.known_sets import KNOWN_SETS, KnownSet
-from clipn.model import CLIPN, build_base
+from clipn.model import CLIPN
 
 torch.set_num_threads(1)
 

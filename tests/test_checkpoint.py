@@ -8,8 +8,8 @@ from conftest import architecture
 from safetensors.torch import save_file
 
 import clipn
+from clipn.base import build_base
 from clipn.checkpoint import read_checkpoint, write_checkpoint
-from clipn.model import build_base
 
 
 @pytest.fixture

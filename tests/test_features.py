@@ -20,9 +20,10 @@ from test_train import ROOT, assert_same, weights
 
 import clipn.files
 import clipn.interrupt
+from clipn.base import get_tokenizer
 from clipn.config import load_config
 from clipn.features import count_causes, pair_features
-from clipn.model import CLIPN, create_model_and_transforms, get_tokenizer
+from clipn.model import CLIPN, create_model_and_transforms
 from clipn.pairs import open_pairs, pair_dataset
 from clipn.train import train
 

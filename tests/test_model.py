@@ -8,8 +8,9 @@ import torch
 from conftest import architecture
 
 import clipn
+from clipn.base import build_base, context_length
 from clipn.checkpoint import read_checkpoint, write_checkpoint
-from clipn.model import CLIPN, build_base, context_length
+from clipn.model import CLIPN
 
 TEXTS = ["a photo of a red apple", "dog", "a long caption of a city at night with many many lights and cars in it all"]
 

@@ -7,7 +7,7 @@ from conftest import architecture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipn.model import build_base, get_tokenizer
+from clipn.base import build_base, get_tokenizer
 from clipn.text import ignores_padding, is_packable, pack, text_features
 
 START, END = 49406, 49407

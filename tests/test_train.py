@@ -13,10 +13,10 @@ from helpers import files, numbered_samples, write_shard
 
 import clipn.objectives
 import clipn.text
+from clipn.base import build_base
 from clipn.checkpoint import read_checkpoint, write_checkpoint
 from clipn.config import load_config
 from clipn.interrupt import Interrupted
-from clipn.model import build_base
 from clipn.optimizer import build_optimizer, learning_rate
 from clipn.run_folder import last_checkpoint
 from clipn.train import train
