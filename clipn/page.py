@@ -129,7 +129,7 @@ def _cards(one: SetScores, chosen: Sequence[int], method: str, class_names: Sequ
         lines.append("class right" if right else f"taken for <b>{html.escape(class_names[guess])}</b>")
         lines.append(f"{html.escape(method)} {one.scores[method][index]:#.4g}")
         lines.append(f"p<sub>yes</sub> {p_yes:.3f}, p<sub>no</sub> {1 - p_yes:.3f}")
-        picture = _thumbnail(path, shown(path.name) if label is None else own_names[label])
+        picture = thumbnail(path, shown(path.name) if label is None else own_names[label])
         cards.append(f'<li title="{html.escape(shown(path.name))}">{picture}{"<br>".join(lines)}</li>')
     return f'<ul class="gallery">{"".join(cards)}</ul>'
 
@@ -139,10 +139,11 @@ def shown(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def _thumbnail(path: Path, text: str) -> str:
+def thumbnail(path: Path, text: str, pixels: int = _THUMBNAIL) -> str:
+    """A picture file, made small, as an image of the page; a tiny one keeps its pixels. `text`: for who cannot see."""
     image = open_image(path)
-    tiny = max(image.size) <= _THUMBNAIL // 2
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    tiny = max(image.size) <= pixels // 2
+    image.thumbnail((pixels, pixels))
     kind, style = ("png", ' class="pixels"') if tiny else ("jpeg", "")
     return f'<img src="{_data_uri(_encoded(image, kind), kind)}" alt="{html.escape(text)}"{style}>'
 
