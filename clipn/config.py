@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from .files import whole_file
+from .shipped import find_config, find_file
 
 OBJECTIVES = ("clipn", "clip")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -237,14 +238,12 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file and `key=value` words into a checked Config.
+    """Read a YAML file, or a shipped config's name (toy, cc3m_vit_b16), and `key=value` words into a checked Config.
 
     Raises FileNotFoundError for a missing file; ValueError, one line that names the file (or the command line), the
     key and the choices, for an unknown key, a wrong type or an impossible value.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
+    path = find_config(Path(path))
     try:
         content = OmegaConf.load(path)
     except OSError as error:  # OmegaConf's word for a file that holds one bare value
@@ -256,7 +255,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tree = _merge(OmegaConf.structured(Config), content, str(path))
     for word in overrides:
         tree = _merge(tree, _parse_override(word), f"command line, {word}")
-    return _build(tree, str(path), overrides)
+    config = _build(tree, str(path), overrides)
+    config.model.name, config.eval.class_names = find_file(config.model.name), find_file(config.eval.class_names)
+    return config
 
 
 def base_config(config: Config) -> Config | None:

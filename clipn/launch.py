@@ -1,32 +1,29 @@
-"""torchrun with the exit codes of CLIPN's commands: python scripts/launch.py [torchrun's options] SCRIPT [arguments]
+"""torchrun with the exit codes of CLIPN's commands.
 
-SCRIPT is scripts/train.py, scripts/extract_features.py or zero_shot_infer.py. torchrun itself exits with 1 whenever a
-rank does not end well; this exits with 75, as one process does, when the ranks were stopped on request and the same
-command goes on.
+torchrun itself exits with 1 whenever a rank does not end well; this exits with 75, as one process does, when the ranks
+were stopped on request and the same command goes on.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from clipn.command import FAILED, RESUME
+from .command import FAILED, RESUME
 
 # Seconds that ranks have, once asked to stop, to finish their step and write a checkpoint; torchrun's own are 30.
 os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
 
 
-def main() -> int:
-    """Run the command; returns its exit code."""
+def launch(arguments: Sequence[str]) -> int:
+    """Run torchrun with these arguments: its options, a script (or -m MODULE) and its own. Returns an exit code."""
     try:
-        run.main(sys.argv[1:])
+        run.main([*arguments])
     except SignalException:  # the ranks were told, and have ended
         return RESUME
     except ChildFailedError as error:
@@ -38,7 +35,3 @@ def main() -> int:
         print(f"error: rank {rank} ended first, with exit code {failure.exitcode}; {hint}", file=sys.stderr)
         return FAILED
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -26,11 +26,11 @@ from clipn.command import fail_in_one_line, start_log
 from clipn.config import Config, base_config, load_config, to_dict
 from clipn.distributed import choose_device, is_main, process_group
 from clipn.evaluate import check_texts
+from clipn.pipeline import each_seed, evaluate_all, train_one
 from clipn.report import ablation_table
 from clipn.run_folder import last_checkpoint
 from clipn.train import train
 from clipn.world import make_world
-from scripts.train import each_seed, evaluate_all, train_one
 
 NAMED = Path(__file__).resolve().parent.parent / "configs" / "ablations" / "paper.yaml"
 # Settings that a base CLIP's training does not depend on.

@@ -23,8 +23,18 @@ from clipn.train import train
 
 
 def start(ranks: int, *arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "scripts/launch.py", "--standalone", f"--nproc_per_node={ranks}", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CLIPN_COMMAND": "sh run.sh mine.yaml"}
+    """A script on many ranks."""
+    return _start("scripts/launch.py", "--standalone", f"--nproc_per_node={ranks}", *arguments)
+
+
+def start_training(ranks: int, *arguments: object) -> subprocess.Popen:
+    """What `NPROC=ranks sh run.sh` starts."""
+    return _start("-m", "clipn", "train", *arguments, NPROC=str(ranks), CLIPN_COMMAND="sh run.sh mine.yaml")
+
+
+def _start(*arguments: object, **variables: str) -> subprocess.Popen:
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -84,7 +94,7 @@ def test_many_ranks_are_one_process(config_file, uneven, tmp_path, ranks, object
 
 
 def test_ranks_stopped_on_request_say_so_and_one_process_goes_on(config_file, long_run, tmp_path, caplog):
-    process = start(2, "scripts/train.py", config_file, *long_run)
+    process = start_training(2, config_file, *long_run)
     wait_for_steps(tmp_path / "run", 30)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
@@ -101,7 +111,7 @@ def test_ranks_stopped_on_request_say_so_and_one_process_goes_on(config_file, lo
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(config_file, long_run, tmp_path):
-    process = start(2, "scripts/train.py", config_file, *long_run)
+    process = start_training(2, config_file, *long_run)
     wait_for_steps(tmp_path / "run", 60)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
