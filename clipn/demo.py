@@ -166,7 +166,7 @@ def _theme() -> Any:
 
 def _check_gradio() -> None:
     if find_spec("gradio") is None:
-        raise ValueError("the demo needs Gradio: pip install 'clipn-ood[demo]'")
+        raise ValueError("the demo needs Gradio: pip install gradio")
 
 
 # --- what a run's own evaluation tells ---
