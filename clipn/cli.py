@@ -75,8 +75,14 @@ examples:
     parser.add_argument("pictures", nargs="+", metavar="FOLDER", help="a folder, with all below it, or a picture")
     _add_detector_options(parser, classes=True)
     parser.add_argument("--calibrate", metavar="DIR", help="pictures of the classes, to set a threshold by")
-    parser.add_argument("--keep", type=float, default=0.95, help="share of them above the threshold (default: 0.95)")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures at once (default: 32)")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        default=0.95,
+        metavar="SHARE",
+        help="of them, to stay at or above the threshold (default: 0.95)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
     parser.add_argument("--csv", metavar="FILE", help="write a row per picture there")
     parser.add_argument("--move-ood", metavar="DIR", help="move the pictures that show none of the classes there")
 
@@ -112,7 +118,7 @@ Without --checkpoint it shows the built-in run, runs/toy. Nothing leaves this ma
     parser = _add(commands, "demo", _demo, "a page to try it in the browser", example)
     _add_detector_options(parser, classes=False)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, help="(default: 7860, or the next free one)")
+    parser.add_argument("--port", type=int, metavar="N", help="(default: 7860, or the next free one)")
     parser.add_argument("--open", action="store_true", help="open the browser")
 
 
@@ -127,8 +133,10 @@ def _add_detector_options(parser: argparse.ArgumentParser, classes: bool) -> Non
     parser.add_argument("--checkpoint", required=classes, metavar="C", help=kinds)
     parser.add_argument("--model-name", metavar="NAME", help="open_clip's, for a checkpoint that does not say its own")
     parser.add_argument("--base", metavar="CLIP", help="a tag or file, where C holds the no tower alone")
-    parser.add_argument("--method", default="ATD", help="the score: ATD (default), CTW, MCM, ...")
-    parser.add_argument("--templates", default="simple", help="simple (default), openai, clipn-release, or a text file")
+    parser.add_argument("--method", default="ATD", metavar="SCORE", help="the score: ATD (default), CTW, MCM, ...")
+    parser.add_argument(
+        "--templates", default="simple", metavar="SET", help="simple (default), openai, clipn-release, or a text file"
+    )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
 
 
