@@ -17,6 +17,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
 from .checkpoint import load_weights, published_name, read_checkpoint
+from .images import merge_preprocess
 
 Architecture = dict[str, Any]  # an open_clip JSON model config: embed_dim, vision_cfg, text_cfg, ...
 
@@ -30,7 +31,8 @@ def build_base(model_name: str | Architecture, pretrained: str | Path | None = N
     if pretrained is not None and Path(pretrained).is_file():
         content = read_checkpoint(pretrained)
         base = build_from_config(architecture, fetch_text=False)
-        base.visual.preprocess_cfg.update(content.get("preprocess") or {})
+        told = content.get("preprocess") or {}
+        base.visual.preprocess_cfg = merge_preprocess(base.visual.preprocess_cfg, told, str(pretrained))
         load_base(base, content["state_dict"], str(pretrained))
     elif pretrained is not None:
         base = _build_from_tag(model_name, str(pretrained), architecture)
@@ -72,7 +74,10 @@ def get_tokenizer(model_name: str | Architecture) -> Callable[[str | list[str]],
     text = find_architecture(model_name)["text_cfg"]
     options = dict(text.get("tokenizer_kwargs") or {}, context_length=text.get("context_length", 77))
     if text.get("hf_tokenizer_name"):
-        return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
+        try:
+            return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
+        except OSError as error:  # many lines of transformers'
+            raise OSError(f"tokenizer {text['hf_tokenizer_name']!r}: {str(error).splitlines()[0]}") from error
     return SimpleTokenizer(**options)
 
 
@@ -120,8 +125,9 @@ def build_from_config(architecture: Architecture, fetch_text: bool) -> nn.Module
             return open_clip.create_model(
                 f"local-dir:{folder}", load_weights=False, force_custom_text=True, pretrained_text=fetch_text
             )
-        except (TypeError, KeyError, AssertionError) as error:
-            raise ValueError(f"not a model that open_clip can build: {error}; its config: {architecture}") from error
+        except (TypeError, KeyError, AssertionError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"not a model that open_clip can build: {reason}; its config: {architecture}") from error
 
 
 @contextmanager

@@ -92,6 +92,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if "state_dict" not in content:
         content = {"state_dict": content}
     content["state_dict"] = _flat(content["state_dict"], path)
+    _check_facts(content, path)
     if "trust_remote_code" in str(content.get("architecture")):  # transformers would run a stranger's code
         raise ValueError(f"{path}: refused: its architecture asks for trust_remote_code, which would run code")
     return content
@@ -150,10 +151,17 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if header[_FORMAT_KEY] != str(SHARED_FORMAT):
         raise ValueError(f"{_FORMAT_KEY} {header[_FORMAT_KEY]}: this version of clipn reads {SHARED_FORMAT}")
     facts = {key: json.loads(value) for key, value in header.items() if key not in ("format", _FORMAT_KEY)}
-    for key, kind in _FACTS.items():
-        if not isinstance(facts.get(key), (kind, type(None))):
-            raise ValueError(f"its header's {key} is {type(facts[key]).__name__}, expected {kind.__name__}")
     return facts | content
+
+
+def _check_facts(content: dict[str, Any], path: Path) -> None:
+    """Raises ValueError for what stands beside the weights and is not of its kind."""
+    for key, kind in _FACTS.items():
+        if not isinstance(content.get(key), (kind, type(None))):
+            raise ValueError(f"{path}: its {key} is {type(content[key]).__name__}, expected {kind.__name__}")
+    for section, settings in (content.get("config") or {}).items():
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: its config's {section} is {type(settings).__name__}, expected dict")
 
 
 def _is_no(key: str) -> bool:

@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Callable
 
 from . import __version__
+from .interrupt import RESUME, STOPPED, heed_signals
 
-# What only one subcommand needs (Gradio, torchrun, matplotlib) is imported when it runs.
+# What a subcommand needs, PyTorch above all, is imported when it runs: --help answers at once.
 
 _ABOUT = """\
 CLIPN: teach CLIP to say "no". Says of any picture which of your classes it shows, or that it shows none of them.
@@ -31,11 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("CLIPN_COMMAND", shlex.join(["clipn", *argv]))
-
-    from .command import fail_in_one_line, start_log
-
+    heed_signals()
+    try:
+        from .command import fail_in_one_line, start_log
+    except KeyboardInterrupt:
+        sys.exit(arguments.stopped_code)
     start_log(None)
-    fail_in_one_line(lambda: arguments.run(arguments))
+    fail_in_one_line(lambda: arguments.run(arguments), arguments.stopped_code)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: argparse._SubParsersAction, name: str, run: Callable, about: str, example: str):
+def _add(
+    commands: argparse._SubParsersAction, name: str, run: Callable, stopped_code: int, about: str, example: str
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=about,
@@ -59,7 +64,7 @@ def _add(commands: argparse._SubParsersAction, name: str, run: Callable, about: 
         epilog=example,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, stopped_code=stopped_code)
     return parser
 
 
@@ -69,21 +74,15 @@ examples:
   clipn predict photos/ --classes cat,dog,horse --checkpoint epoch_10.pt --model-name ViT-B-16
   clipn predict photos/ --classes names.txt --checkpoint runs/toy --csv verdicts.csv --move-ood none_of_them/
 """
-    parser = _add(
-        commands, "predict", _predict, "say of each picture in a folder which class it shows, or none", example
-    )
+    about = "say of each picture in a folder which class it shows, or none"
+    parser = _add(commands, "predict", _predict, STOPPED, about, example)
     parser.add_argument("pictures", nargs="+", metavar="FOLDER", help="a folder, with all below it, or a picture")
     _add_detector_options(parser, classes=True)
     parser.add_argument("--calibrate", metavar="DIR", help="pictures of the classes, to set a threshold by")
-    parser.add_argument(
-        "--keep",
-        type=float,
-        default=0.95,
-        metavar="SHARE",
-        help="of them, to stay at or above the threshold (default: 0.95)",
-    )
+    about = "of them, to stay at or above the threshold (default: 0.95)"
+    parser.add_argument("--keep", type=float, metavar="SHARE", help=about)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
-    parser.add_argument("--csv", metavar="FILE", help="write a row per picture there")
+    parser.add_argument("--csv", metavar="FILE", help="write a row per picture there ('-': the standard output)")
     parser.add_argument("--move-ood", metavar="DIR", help="move the pictures that show none of the classes there")
 
 
@@ -96,7 +95,8 @@ examples:
 Uses every visible GPU of this machine; NPROC=N asks for N processes. torchrun's own variables (PET_NNODES,
 PET_RDZV_ENDPOINT, ...) join several machines.
 """
-    parser = _add(commands, "train", _train, "pretrain as a config says, and evaluate if it says on what", example)
+    about = "pretrain as a config says, and evaluate if it says on what"
+    parser = _add(commands, "train", _train, RESUME, about, example)
     about = "a YAML file or a shipped config's name (default: toy), then settings such as train.lr=1e-4"
     parser.add_argument("words", nargs="*", metavar="CONFIG | key=value", help=about)
 
@@ -106,7 +106,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 example:
   clipn eval --config eval_imagenet data.root=/data eval.checkpoints=epoch_10.pt
 """
-    parser = _add(commands, "eval", _eval, "judge checkpoints on image sets, as zero_shot_infer.py does", example)
+    about = "judge checkpoints on image sets, as zero_shot_infer.py does"
+    parser = _add(commands, "eval", _eval, RESUME, about, example)
     parser.add_argument("--config", required=True, help="a YAML file, or a shipped config's name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as eval.checkpoints=epoch_10.pt")
 
@@ -115,7 +116,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     example = """\
 Without --checkpoint it shows the built-in run, runs/toy. Nothing leaves this machine.
 """
-    parser = _add(commands, "demo", _demo, "a page to try it in the browser", example)
+    parser = _add(commands, "demo", _demo, STOPPED, "a page to try it in the browser", example)
     _add_detector_options(parser, classes=False)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, metavar="N", help="(default: 7860, or the next free one)")
@@ -145,6 +146,8 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     from .predict import predict_pictures
 
+    if arguments.keep is not None and not arguments.calibrate:
+        raise ValueError(f"--keep={arguments.keep}: says how strict --calibrate is; give that too")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # those too large are errors of their own
     predict_pictures(
         _detector(arguments),
@@ -152,7 +155,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         csv_file=arguments.csv,
         ood_folder=arguments.move_ood,
         calibration_folder=arguments.calibrate,
-        keep=arguments.keep,
+        keep=0.95 if arguments.keep is None else arguments.keep,
         batch_size=arguments.batch_size,
     )
 
@@ -181,21 +184,17 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from .command import STOPPED
     from .demo import run_demo
     from .prompts import class_names_of
 
-    try:
-        run_demo(
-            arguments.checkpoint,
-            class_names_of(arguments.classes) if arguments.classes else None,
-            host=arguments.host,
-            port=arguments.port,
-            open_browser=arguments.open,
-            **_detector_options(arguments),
-        )
-    except KeyboardInterrupt:
-        sys.exit(STOPPED)
+    run_demo(
+        arguments.checkpoint,
+        class_names_of(arguments.classes) if arguments.classes else None,
+        host=arguments.host,
+        port=arguments.port,
+        open_browser=arguments.open,
+        **_detector_options(arguments),
+    )
 
 
 def _detector(arguments: argparse.Namespace):

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .distributed import is_main, rank
-from .interrupt import Interrupted, heed_signals
+from .interrupt import RESUME, Interrupted, heed_signals
 
 FAILED = 1  # the message says what to change
-RESUME = 75  # stopped on request: the same command goes on
-STOPPED = 130  # stopped on request: the same command begins anew
 
 log = logging.getLogger("clipn")
 
@@ -42,8 +40,11 @@ def start_log(folder: str | Path | None) -> None:
     log.addHandler(file)
 
 
-def fail_in_one_line(main: Callable[[], None]) -> None:
-    """Run a command; an error that its user can mend is one line on stderr, not a traceback."""
+def fail_in_one_line(main: Callable[[], None], stopped_code: int = RESUME) -> None:
+    """Run a command; an error that its user can mend is one line on stderr, not a traceback.
+
+    stopped_code: for Ctrl-C or SIGTERM, RESUME where the same command goes on, STOPPED where it begins anew.
+    """
     heed_signals()  # training has its own way to stop
     try:
         main()
@@ -51,8 +52,12 @@ def fail_in_one_line(main: Callable[[], None]) -> None:
         log.warning("%s: %s", stopped, _command())
         sys.exit(RESUME)
     except KeyboardInterrupt:
-        log.warning("interrupted; the same command takes up what is not done yet: %s", _command())
-        sys.exit(RESUME)
+        if stopped_code == RESUME:
+            log.warning("interrupted; the same command takes up what is not done yet: %s", _command())
+        sys.exit(stopped_code)
+    except BrokenPipeError:  # who reads the output has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error from a decoding process comes with that process's traceback; its last line is the error.
         log.error("error: %s", (str(error).strip().splitlines() or [type(error).__name__])[-1])

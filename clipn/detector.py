@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import reprlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .base import context_length, get_tokenizer
 from .distributed import choose_device
 from .head import Head, build_head
-from .images import AnyImage, Transform, any_image, val_transform
+from .images import AnyImage, Transform, any_image, is_one_image, val_transform
 from .model import CLIPN
 from .prompts import check_class_names, fill, load_templates
 from .result import Result
@@ -40,6 +40,7 @@ _DECODERS = min(8, os.cpu_count() or 1)  # threads
 class _Judge(NamedTuple):
     """What a prediction reads, all at once, so that another thread may change the classes meanwhile."""
 
+    method: str
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     head: Head
@@ -61,13 +62,13 @@ class Detector:
         scale: float = 100.0,
     ) -> None:
         """model: in evaluation mode, on its device. The rest is as in `from_pretrained`."""
-        _check_method(method)
-        self.model, self.method, self.scale = model.eval(), method, scale
+        _check(method, scale)
+        self.model, self.scale = model.eval(), scale
         self.preprocess: Transform = val_transform(model.preprocess)
         self._tokenizer = get_tokenizer(model.architecture)
         self._weights: dict[tuple[Any, str], tuple[Tensor, Tensor]] = {}
-        self._changing = threading.Lock()
-        self.set_classes(class_names, "simple" if templates is None else templates)
+        self._encoding, self._changing = threading.Lock(), threading.Lock()
+        self._judge = self._judge_of(method, class_names, "simple" if templates is None else templates)
 
     @classmethod
     def from_pretrained(
@@ -95,10 +96,14 @@ class Detector:
         Raises ValueError or FileNotFoundError, one line, for what is not there or does not fit.
         """
         check_class_names(class_names)  # before the work of loading
-        _check_method(method)
+        _check(method, scale)
         templates = load_templates("simple" if templates is None else templates, "templates")
         model = open_model(checkpoint, model_name, base, choose_device(str(device)))
         return cls(model, class_names, templates, method, scale)
+
+    @property
+    def method(self) -> str:
+        return self._judge.method
 
     @property
     def class_names(self) -> list[str]:
@@ -122,10 +127,9 @@ class Detector:
 
         templates: as in `from_pretrained`; None keeps them. Raises ValueError for no names or an empty one.
         """
-        names = tuple(check_class_names(class_names))
+        judge = self._judge_of(self.method, class_names, self.templates if templates is None else templates)
         with self._changing:
-            chosen = self.templates if templates is None else load_templates(templates, "templates")
-            self._judge = _Judge(names, tuple(chosen), self._head(names, tuple(chosen)))
+            self._judge = judge
 
     def with_classes(
         self, class_names: Sequence[str], templates: str | Sequence[str] | None = None, method: str | None = None
@@ -134,10 +138,11 @@ class Detector:
 
         Raises ValueError for an unknown method, no names or an empty one.
         """
+        method, templates = method or self.method, self.templates if templates is None else templates
+        _check(method, self.scale)
         other = copy.copy(self)
-        other.method = self.method if method is None else method
-        _check_method(other.method)
-        other.set_classes(class_names, templates)
+        other._changing = threading.Lock()
+        other._judge = self._judge_of(method, class_names, templates)
         return other
 
     def predict(
@@ -145,17 +150,17 @@ class Detector:
     ) -> Result | list[Result] | Iterator[Result]:
         """Judge one picture (a Result), a list, tuple or batch of them (a list), or an iterator's (an iterator).
 
-        images: paths, a file's bytes, PIL images, arrays or tensors, as `clipn.images.any_image` takes them. An
-            iterator is read a batch ahead, so any number of pictures needs no more memory than one batch.
+        images: paths, a file's bytes, open files, PIL images, arrays or tensors, as `clipn.images.any_image` takes
+            them. An iterator is read a batch ahead, so any number of pictures needs no more memory than one batch.
         on_error: "raise", or "return" to get the ValueError or OSError in the place of a result.
 
         Raises ValueError or FileNotFoundError that names an image which cannot be read. URLs are never fetched.
         """
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error={on_error!r}: expected raise or return")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected 1 or more")
-        if _is_one(images):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected a whole number, 1 or more")
+        if is_one_image(images):
             return next(self._results([images], self._judge, 1, on_error))
         results = self._results(images, self._judge, batch_size, on_error)
         return list(results) if isinstance(images, Sized) else results
@@ -167,14 +172,14 @@ class Detector:
         """
         if not 0 < keep <= 1:
             raise ValueError(f"keep={keep}: expected a share above 0, up to 1")
-        judge, images = self._judge, [id_images] if _is_one(id_images) else id_images
+        judge, images = self._judge, [id_images] if is_one_image(id_images) else id_images
         scores = [result.score for result in self._results(images, judge, batch_size, "raise")]
         if not scores:
             raise ValueError("calibrate: expected at least one in-distribution picture, found none")
         threshold = float(np.quantile(scores, 1 - keep, method="lower"))  # at least `keep` of them reach it
         with self._changing:
-            if self._judge.head is not judge.head:
-                raise ValueError("calibrate: the classes were changed meanwhile; calibrate again")
+            if self._judge is not judge:
+                raise ValueError("calibrate: classes or threshold were changed meanwhile; calibrate again")
             self._judge = judge._replace(threshold=threshold)
         return threshold
 
@@ -188,20 +193,23 @@ class Detector:
                     raise found
                 yield found if isinstance(found, Exception) else next(results)
 
-    @torch.inference_mode()
     def _judged(self, pixels: Tensor, judge: _Judge) -> list[Result]:
         """[B, 3, H, W] preprocessed -> B results."""
-        features = self.model.encode_image(pixels.to(self.device))
-        logits_yes, logits_no = judge.head(features, self.scale)
-        scores = {name: score(logits_yes, logits_no, self.scale).tolist() for name, score in SCORES.items()}
-        says_ood = [None] * len(pixels)
-        if judge.threshold is not None:
-            says_ood = [score < judge.threshold for score in scores[self.method]]
-        elif self.method in DECISIONS:
-            says_ood = DECISIONS[self.method](logits_yes, logits_no).tolist()
+        with torch.inference_mode():
+            logits_yes, logits_no = judge.head(self.model.encode_image(pixels.to(self.device)), self.scale)
+            scores = {name: score(logits_yes, logits_no, self.scale).tolist() for name, score in SCORES.items()}
+            says_ood = [None] * len(pixels)
+            if judge.threshold is not None:
+                says_ood = [score < judge.threshold for score in scores[judge.method]]
+            elif judge.method in DECISIONS:
+                says_ood = DECISIONS[judge.method](logits_yes, logits_no).tolist()
+            logits_yes, logits_no = logits_yes.cpu(), logits_no.cpu()
         each = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
-        rows = zip(each, says_ood, logits_yes.cpu(), logits_no.cpu(), strict=True)
-        return [Result(self.method, *row, judge.class_names) for row in rows]
+        rows = zip(each, says_ood, logits_yes, logits_no, strict=True)
+        return [
+            Result(judge.method, own, ood, yes.clone(), no.clone(), judge.class_names)  # which does not keep its batch
+            for own, ood, yes, no in rows
+        ]
 
     def _tensor(self, numbered: tuple[int, AnyImage]) -> Tensor | Exception:
         """One picture, preprocessed; or what is wrong with it."""
@@ -211,6 +219,8 @@ class Detector:
             return self._preprocessed(picture) if isinstance(picture, Tensor) else self.preprocess(picture)
         except (ValueError, OSError) as error:
             return error if isinstance(image, (str, Path)) else type(error)(f"image {number}: {error}")
+        except (MemoryError, OverflowError) as error:
+            return ValueError(f"image {number}: too large: {error or type(error).__name__}")
 
     def _preprocessed(self, pixels: Tensor) -> Tensor:
         size = self.model.preprocess["size"]
@@ -224,18 +234,21 @@ class Detector:
             raise ValueError(f"a float tensor of values in 0..1, or not finite, is not normalised: {how}")
         return pixels.float().cpu()
 
-    def _head(self, names: tuple[str, ...], templates: tuple[str, ...]) -> Head:
-        """The classes' weights, of which only those of new names are computed."""
-        if len(self._weights) + len(names) > _MOST_KEPT:
-            self._weights.clear()
-        new = [name for name in dict.fromkeys(names) if (templates, name) not in self._weights]
+    def _judge_of(self, method: str, class_names: Sequence[str], templates: str | Path | Sequence[str]) -> _Judge:
+        names, templates = tuple(check_class_names(class_names)), tuple(load_templates(templates, "templates"))
+        weights = {name: self._weights.get((templates, name)) for name in names}
+        new = [name for name, found in weights.items() if found is None]
         if new:
-            self._warn_of_cut(new, templates)
-            made = build_head(self.model, self._tokenizer, new, templates)
-            rows = zip(made.weight_yes, made.weight_no, strict=True)
-            self._weights |= {(templates, name): row for name, row in zip(new, rows, strict=True)}
-        chosen = [self._weights[templates, name] for name in names]
-        return Head(*(torch.stack(rows) for rows in zip(*chosen, strict=True)))
+            with self._encoding:  # who asks for known names does not wait
+                self._warn_of_cut(new, templates)
+                made = build_head(self.model, self._tokenizer, new, templates)
+                rows = zip(made.weight_yes, made.weight_no, strict=True)
+                weights |= {name: (yes.clone(), no.clone()) for name, (yes, no) in zip(new, rows, strict=True)}
+                if len(self._weights) + len(new) > _MOST_KEPT:
+                    self._weights.clear()
+                self._weights |= {(templates, name): weights[name] for name in new}
+        chosen = zip(*(weights[name] for name in names), strict=True)
+        return _Judge(method, names, templates, Head(*(torch.stack(rows) for rows in chosen)))
 
     def _warn_of_cut(self, names: Sequence[str], templates: Sequence[str]) -> None:
         length = context_length(self.model.architecture)
@@ -251,15 +264,11 @@ class Detector:
             )
 
 
-def _check_method(method: str) -> None:
+def _check(method: str, scale: float) -> None:
     if method not in SCORES:
         raise ValueError(f"method={method!r}: expected one of {', '.join(SCORES)}")
-
-
-def _is_one(images: Any) -> bool:
-    if isinstance(images, np.ndarray):
-        return images.ndim in (2, 3)
-    return isinstance(images, (str, Path, bytes, Image.Image)) or isinstance(images, Tensor) and images.ndim < 4
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale}: expected a positive number")
 
 
 def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
@@ -272,14 +281,13 @@ def _map_ahead(function: Callable[[Any], T], items: Iterable[Any], ahead: int) -
     if not ahead:
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(_DECODERS) as pool:
-        pending: deque[Future[T]] = deque()
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
+    pool, pending = ThreadPoolExecutor(_DECODERS), deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
                 yield pending.popleft().result()
-        finally:  # nobody waits for the rest of an iterator that is given up
-            pool.shutdown(wait=False, cancel_futures=True)
+        while pending:
+            yield pending.popleft().result()
+    finally:  # nobody waits for the rest of an iterator that is given up
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 def choose_device(name: str) -> torch.device:
     """The device for `run.device`: auto takes this rank's GPU if there is one, else the CPU.
 
-    Raises ValueError when a GPU is asked for that is not there.
+    Raises ValueError for another kind of device, and when a GPU is asked for that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,8 +23,10 @@ def choose_device(name: str) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r}: expected auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"device={name}: this machine has {torch.cuda.device_count()} visible GPUs")
     return device

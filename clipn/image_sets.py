@@ -185,17 +185,21 @@ def _names_of(folders: Sequence[str], key: str) -> list[str]:
 
 def find_images(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
     """The image files in and below a folder, in order, but for hidden ones and those in the folder `leave_out`."""
-    seen = set()
+    seen = {_identity(leave_out)} if leave_out and leave_out.exists() else set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        place = os.stat(parent)
-        if (place.st_dev, place.st_ino) in seen or leave_out and os.path.samefile(parent, leave_out):
+        if _identity(parent) in seen:
             folders.clear()  # a link back, which has no end
             continue
-        seen.add((place.st_dev, place.st_ino))
+        seen.add(_identity(parent))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if _is_image(name):
                 yield Path(parent) / name
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _is_image(name: str) -> bool:

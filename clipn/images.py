@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torchvision import transforms
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
+_NARROWEST = 1000  # long side by short side
+
 Transform = Callable[[Image.Image], Tensor]
-AnyImage = str | Path | bytes | Image.Image | np.ndarray | Tensor  # what `any_image` takes
+AnyImage = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor  # what `any_image` takes
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,14 @@ def open_image(source: str | Path | bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB: upright as its EXIF data says, 8 bits a channel."""
+    """A picture in RGB: upright as its EXIF data says, 8 bits a channel.
+
+    Raises ValueError for one without pixels, or so narrow that it would fill the memory when its short side is resized.
+    """
+    if min(image.size) < 1 or max(image.size) > _NARROWEST * min(image.size):
+        raise ValueError(
+            f"{image.width} x {image.height} pixels: empty, or more than {_NARROWEST} times as long as wide"
+        )
     upright = ImageOps.exif_transpose(image)  # a camera's pictures may lie on their side
     if upright.mode[0] in "IF":  # 16 bits or a float a pixel, which PIL would clip, not scale
         upright = _to_8_bits(upright)
@@ -61,9 +71,9 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def any_image(image: AnyImage) -> Image.Image | Tensor:
     """What users have, as an RGB picture; or as it is, if it is one already preprocessed.
 
-    Paths and a file's bytes are decoded. Arrays are [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], of 0..255 in uint8 or
-    0..1 in floats. Tensors are pixels [1 or 3, H, W] in uint8, or what `val_transform` made, in floats. URLs are never
-    fetched. Raises ValueError or FileNotFoundError, in one line, for what is no readable image.
+    Paths, a file's bytes and open files are decoded. Arrays are [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], of 0..255 in
+    uint8 or 0..1 in floats. Tensors are pixels [1 or 3, H, W] in uint8, or what `val_transform` made, in floats. URLs
+    are never fetched. Raises ValueError or FileNotFoundError, in one line, for what is no readable image.
     """
     if isinstance(image, Tensor):
         return _pixels_of_tensor(image) if image.dtype == torch.uint8 else image
@@ -73,19 +83,38 @@ def any_image(image: AnyImage) -> Image.Image | Tensor:
         return to_rgb(image)
     if isinstance(image, str) and "://" in image:
         raise ValueError(f"{image}: URLs are not fetched; download it, and give its path or bytes")
-    if not isinstance(image, (str, Path, bytes)):
-        kinds = "a path, bytes, a PIL image, an array or a tensor"
+    if isinstance(image, (str, Path)):
+        path, name = Path(image), str(image)
+        if not path.is_file():  # a pipe or a device may never end
+            kind = ValueError if path.exists() else FileNotFoundError
+            raise kind(f"{name}: {'not a file' if path.exists() else 'no such file'}")
+    elif hasattr(image, "read"):
+        image, name = image.read(), "the file given"
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        image, name = bytes(image), "the bytes given"
+    else:
+        kinds = "a path, bytes, an open file, a PIL image, an array or a tensor"
         raise ValueError(f"{type(image).__name__}: not an image; expected {kinds}")
-    name = "the bytes given" if isinstance(image, bytes) else str(image)
     try:
         return open_image(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: no image, or of an unknown format") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name}: no such file") from error
     except Exception as error:  # PIL raises many kinds
         reason = " ".join((str(error) or type(error).__name__).split())
         raise ValueError(f"{name}: no readable image: {reason}") from error
+
+
+def is_one_image(images: Any) -> bool:
+    """Whether it is one image for `any_image`, and not many. Raises ValueError for what is neither."""
+    if isinstance(images, np.ndarray):
+        return images.ndim in (2, 3)
+    if isinstance(images, Tensor):
+        return images.ndim < 4
+    if isinstance(images, (str, Path, bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read"):
+        return True
+    if not isinstance(images, Iterable):
+        raise ValueError(f"{images!r}: expected an image, or a list or iterator of images")
+    return False
 
 
 def _pixels_of_array(array: np.ndarray) -> Image.Image:
@@ -125,6 +154,25 @@ def train_transform(preprocess: dict, augmentation: Augmentation | None = None) 
 def val_transform(preprocess: dict) -> Transform:
     """Image -> resized, centre-cropped, normalised [3, H, W]: open_clip's inference transform."""
     return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+
+
+def merge_preprocess(own: dict, told: dict, source: str) -> dict:
+    """A tower's own preprocessing with what a checkpoint tells of its statistics and resizing.
+
+    Raises ValueError for unknown keys, impossible values, or a size that is not the tower's.
+    """
+    merged = {**own, **told}
+    try:
+        val_transform(merged)  # which open_clip refuses to build of what it does not know
+        mean, std = (np.array(merged[key], dtype=float) for key in ("mean", "std"))
+        ok = mean.shape == std.shape == (3,) and np.isfinite([mean, std]).all() and (std > 0).all()
+        ok = ok and np.all(np.array(merged["size"]) == np.array(own["size"]))
+    except (TypeError, ValueError, KeyError, AssertionError):
+        ok = False
+    if not ok:
+        expected = f"open_clip's keys, 3 means, 3 deviations above 0, and the tower's size {own['size']}"
+        raise ValueError(f"{source}: preprocess={told!r}: expected {expected}")
+    return merged
 
 
 def default_preprocess(image_size: int | Sequence[int]) -> dict:

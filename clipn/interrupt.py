@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Exit codes of what was stopped on request.
+RESUME = 75  # the same command goes on
+STOPPED = 130  # the same command begins anew
+
 _asked: list[int] = []  # the signals that have come, outside of training
 
 

@@ -14,7 +14,8 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from .command import FAILED, RESUME
+from .command import FAILED
+from .interrupt import RESUME
 
 # Seconds that ranks have, once asked to stop, to finish their step and write a checkpoint; torchrun's own are 30.
 os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .base import Architecture, build_base, build_from_config, context_length, find_architecture, load_base
 from .checkpoint import PROMPTS, base_hash, base_weights, is_clipn, load_weights, published_name, read_checkpoint
-from .images import Transform, train_transform, val_transform
+from .images import Transform, merge_preprocess, train_transform, val_transform
 from .text import compile_text, is_standard, text_features, token_embedding
 
 
@@ -90,6 +90,7 @@ class CLIPN(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised images -> [B, D]."""
+        images = images.to(next(self.base.visual.parameters()).dtype)  # a model in half precision
         return F.normalize(self.base.encode_image(images, normalize=False).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ def load_model(
     if clipn and (state[PROMPTS].ndim != 3 if PROMPTS in state else saved):
         raise ValueError(f"{source}: {PROMPTS} is missing or not of the shape [prompts, context, width]")
     clip = build_from_config(architecture, fetch_text=False)
-    clip.visual.preprocess_cfg.update(content.get("preprocess") or {})
+    clip.visual.preprocess_cfg = merge_preprocess(clip.visual.preprocess_cfg, content.get("preprocess") or {}, source)
     if not clipn:
         load_base(clip, state, source)
     model = CLIPN(clip, len(state.get(PROMPTS, ())) if clipn else num_prompts, architecture)

@@ -135,8 +135,9 @@ def _cards(one: SetScores, chosen: Sequence[int], method: str, class_names: Sequ
 
 
 def shown(path: str | Path) -> str:
-    """A path as text that can be written: bytes of a name that are no UTF-8 become question marks."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    """A path as text that can be written in a line: what is no UTF-8 or does not print becomes U+FFFD."""
+    text = os.fsencode(path).decode("utf-8", "replace")
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def thumbnail(path: Path, text: str, pixels: int = _THUMBNAIL) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def fill(template: str, text: str) -> str:
 
 def check_templates(templates: Sequence[str], source: str = "templates") -> list[str]:
     """The templates as a list. Raises ValueError if there is none, or one without "{}"."""
-    if isinstance(templates, str) or not templates:
+    if not isinstance(templates, Sequence) or isinstance(templates, str) or not templates:
         raise ValueError(f"{source}: expected a list of at least one template, found {templates!r}")
     for template in templates:
         if not isinstance(template, str) or "{}" not in template:
@@ -91,8 +91,9 @@ def load_templates(value: Any, source: str = "eval.templates") -> list[str]:
 
     Raises ValueError or FileNotFoundError that names the value and the choices.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, (str, Path)):
         return check_templates(value, source)
+    value = str(value)
     if value in TEMPLATE_SETS:
         return TEMPLATE_SETS[value]()
     if not Path(value).is_file():
@@ -102,7 +103,7 @@ def load_templates(value: Any, source: str = "eval.templates") -> list[str]:
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
     """The names as a list. Raises ValueError if there is none, or one that is empty or no text."""
-    names = list(() if class_names is None else class_names)
+    names = list(class_names) if isinstance(class_names, Iterable) else []
     wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
     if isinstance(class_names, str) or not names or wrong:
         found = f"{wrong[0]!r} among them" if wrong else repr(class_names)
@@ -115,6 +116,7 @@ def load_class_names(value: Any, folders: Sequence[str] = (), source: str = "eva
 
     value: "folders" (the folder names, underscores as spaces), "imagenet" (open_clip's 1000), a list, a .txt file
     (one per line), or a .json file or dict with a list, or with a name (or "name, synonym, ...") for each folder.
+    Without folders a dict's own order counts.
 
     Raises ValueError when the number differs from the folders', FileNotFoundError for a missing file.
     """
@@ -126,7 +128,9 @@ def load_class_names(value: Any, folders: Sequence[str] = (), source: str = "eva
         names = list(IMAGENET_CLASSNAMES)
     elif isinstance(value, str):
         names = _read_names(Path(value), source)
-    if isinstance(names, dict):
+    if isinstance(names, dict) and not folders:
+        names = [n.split(",")[0] if isinstance(n, str) else n for n in names.values()]
+    elif isinstance(names, dict):
         absent = [folder for folder in folders if folder not in names]
         if absent:
             raise ValueError(f"{source}: no name for the class folder {absent[0]!r} ({len(absent)} in all)")
@@ -152,7 +156,7 @@ def class_names_of(value: str, source: str = "--classes") -> list[str]:
 
     Raises ValueError or FileNotFoundError that names the value.
     """
-    if value == "imagenet" or Path(value).is_file():
+    if value == "imagenet" or (Path(value).exists() and not Path(value).is_dir()):
         return load_class_names(value, source=source)
     if "," not in value:
         raise FileNotFoundError(f"{source}={value!r}: no such file; names are given as cat,dog (one alone as cat,)")
@@ -160,7 +164,7 @@ def class_names_of(value: str, source: str = "--classes") -> list[str]:
 
 
 def _read_names(path: Path, source: str) -> Any:
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         raise FileNotFoundError(f"{source}: no such file, nor 'imagenet' or 'folders'")
     if path.suffix != ".json":
         return _lines(path)

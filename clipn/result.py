@@ -62,7 +62,9 @@ class Result:
         return self.says_ood
 
     def top(self, k: int = 5) -> list[ClassScore]:
-        """The k most likely classes, the likeliest first."""
+        """The k most likely classes, or all if there are fewer, the likeliest first. Raises ValueError for k < 1."""
+        if k < 1:
+            raise ValueError(f"top({k}): expected 1 or more")
         order = self.logits_yes.argsort(descending=True, stable=True)[:k]
         probabilities, chances = self.logits_yes.softmax(dim=0)[order], p_yes(self.logits_yes, self.logits_no)[order]
         return [

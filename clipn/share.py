@@ -40,7 +40,8 @@ def open_model(
     num_prompts: for a tag or a plain CLIP, whose no tower is then an untrained copy.
 
     Raises ValueError or FileNotFoundError, one line, for what is not there or does not fit; OSError for a download
-    that fails. Nothing is fetched but what "hf://" or a tag asks for.
+    that fails. Nothing is fetched but what "hf://" or a tag asks for, and a Hugging Face tokenizer or text tower that
+    the model's config names.
     """
     file = find_weights(source)
     if file is None:
@@ -56,6 +57,8 @@ def open_model(
     architecture = content.get("architecture") or model_name
     if not architecture:
         raise ValueError(f"{file}: does not say its architecture; give model_name, open_clip's name or a JSON file")
+    if base and base_weights(content["state_dict"]):
+        raise ValueError(f"base={str(base)!r}: {file} holds a base of its own; leave base out")
     model = load_model(content, str(file), architecture, num_prompts, base)
     if not is_clipn(content["state_dict"]):
         _warn_of_copy(file)

@@ -31,7 +31,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clipn.checkpoint import read_checkpoint
-from clipn.command import FAILED, RESUME
+from clipn.command import FAILED
+from clipn.interrupt import RESUME
 from clipn.run_folder import last_checkpoint, newest_checkpoint
 from clipn.toy import make_toy
 

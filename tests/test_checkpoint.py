@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import architecture
+from conftest import architecture, write_clipn
 from safetensors.torch import save_file
 
 import clipn
@@ -152,3 +152,41 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_checkpoint({"state_dict": {"a": torch.zeros(3)}}, path)
     assert torch.equal(read_checkpoint(path)["state_dict"]["a"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"foo": 1},
+        {"interpolation": "magic"},
+        {"resize_mode": "magic"},
+        {"size": 64},
+        {"mean": [0.5]},
+        {"std": [0.2, 0.2, 0.0]},
+        {"mean": "grey"},
+    ],
+)
+def test_an_impossible_preprocessing_is_one_line(tmp_path, told):
+    path = write_clipn(tmp_path / "clipn.pt")
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"preprocess": told}, path)
+    with pytest.raises(ValueError, match="3 means, 3 deviations above 0, and the tower's size") as error:
+        clipn.create_model_and_transforms(content["architecture"], path)
+    assert str(path) in str(error.value) and next(iter(told)) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("more", [{"config": {"model": [1]}}, {"config": [1]}, {"preprocess": "x"}])
+def test_facts_of_another_kind_are_one_line(tmp_path, more):
+    path = write_clipn(tmp_path / "clipn.pt")
+    torch.save(torch.load(path, weights_only=True) | more, path)
+    with pytest.raises(ValueError, match="expected dict"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("part", [{"text_cfg": "x"}, {"vision_cfg": {"width": 10**7, "layers": 10**6}}])
+def test_an_architecture_that_cannot_be_built_is_one_line(tmp_path, part):
+    path = write_clipn(tmp_path / "clipn.pt")
+    made = torch.load(path, weights_only=True)["architecture"]
+    with pytest.raises(ValueError, match="not a model that open_clip can build") as error:
+        clipn.create_model_and_transforms(made | part, path)
+    assert "\n" not in str(error.value)

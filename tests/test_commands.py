@@ -11,9 +11,9 @@ import torch
 from conftest import architecture
 
 import zero_shot_infer
-from clipn.command import RESUME, fail_in_one_line, start_log
+from clipn.command import fail_in_one_line, start_log
 from clipn.evaluate import RESULT_COLUMNS
-from clipn.interrupt import Interrupted
+from clipn.interrupt import RESUME, Interrupted
 from scripts import train as train_command
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,5 +1,7 @@
 """The user's door: pictures of every kind in, verdicts out, equal to the evaluation's."""
 
+import io
+import os
 import threading
 
 import numpy as np
@@ -281,3 +283,72 @@ def test_a_name_longer_than_the_context_is_cut_with_a_word(detector, photos, cap
     caplog.clear()
     detector.set_classes(["cat", "dog"])
     assert not messages(caplog)
+
+
+@pytest.mark.parametrize("size", [(1, 3_000_000), (2000, 1)])
+def test_a_hair_of_a_picture_does_not_fill_the_memory(detector, photos, tmp_path, size):
+    Image.new("1", size).save(tmp_path / "hair.png")
+    hair, good = detector.predict([tmp_path / "hair.png", photos[0]], on_error="return")
+    assert isinstance(hair, ValueError) and "1000 times" in str(hair) and isinstance(good, clipn.Result)
+
+
+def test_pictures_without_pixels_pipes_and_folders_are_no_images(detector, photos, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    odd = [Image.new("RGB", (0, 5)), tmp_path / "pipe.jpg", tmp_path]
+    found = detector.predict([*odd, photos[0]], on_error="return")
+    assert [type(one) for one in found] == [ValueError] * 3 + [clipn.Result]
+    assert "0 x 5" in str(found[0]) and "pipe.jpg: not a file" in str(found[1])
+
+
+def test_open_files_and_buffers_are_images(detector, photos):
+    content = photos[0].read_bytes()
+    expected = detector.predict(photos[0]).score
+    with open(photos[0], "rb") as file:
+        assert detector.predict(file).score == pytest.approx(expected, rel=1e-6)
+    for one in (io.BytesIO(content), bytearray(content), memoryview(content)):
+        assert detector.predict(one).score == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("images", [None, 3])
+def test_what_is_neither_an_image_nor_many_is_refused(detector, images):
+    with pytest.raises(ValueError, match="expected an image, or a list"):
+        detector.predict(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_predicts(checkpoint, photos, dtype):
+    expected = [r.score for r in clipn.Detector.from_pretrained(checkpoint, NAMES).predict(photos)]
+    model = clipn.create_model_and_transforms(architecture(), checkpoint)[0].to(dtype)
+    found = clipn.Detector(model, NAMES).predict(photos)
+    assert [r.score for r in found] == pytest.approx(expected, abs=0.2)
+
+
+def test_a_result_does_not_keep_its_batch(detector, photos):
+    result = detector.predict(photos)[0]
+    assert result.logits_yes.untyped_storage().nbytes() == 4 * len(NAMES)
+    result.logits_yes.add_(1)  # an ordinary tensor
+    with pytest.raises(ValueError, match="top"):
+        result.top(0)
+
+
+def test_known_names_do_not_wait_for_new_ones(detector, photos, monkeypatch):
+    encode, under_way, go_on = clipn.CLIPN.encode_text, threading.Event(), threading.Event()
+
+    def slow(self, tokens):
+        under_way.set()
+        assert go_on.wait(30)
+        return encode(self, tokens)
+
+    monkeypatch.setattr(clipn.CLIPN, "encode_text", slow)
+    thread = threading.Thread(target=detector.with_classes, args=(["a new name"],))
+    thread.start()
+    assert under_way.wait(30)
+    assert detector.with_classes(NAMES[:2]).predict(photos[0]).label in NAMES
+    go_on.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused(checkpoint, scale):
+    with pytest.raises(ValueError, match="scale"):
+        clipn.Detector.from_pretrained(checkpoint, NAMES, scale=scale)

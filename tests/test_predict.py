@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from PIL import Image
 import clipn
 from clipn.cli import main
 from clipn.predict import Row
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +198,94 @@ def test_other_ways_to_name_classes(run, photos, capsys):
     assert run(photos / "a.png", classes=listed) == 0
     assert run(photos / "a.png", classes="horse,") == 0
     assert "horse" in capsys.readouterr().out
+
+
+def ood_of(rows):
+    return {row.file for row in rows if row.is_ood == "True"}
+
+
+def test_the_folder_to_move_to_is_made(run, photos, tmp_path, capsys):
+    for aside in (tmp_path / "new" / "aside", photos / "aside"):
+        assert run(photos, "--move-ood", aside, "--csv", tmp_path / "out.csv") == 0
+        moved = ood_of(rows(tmp_path / "out.csv"))
+        assert files(aside) == sorted(os.path.basename(name) for name in moved)
+        assert not any(os.path.exists(name) for name in moved)
+        if moved:
+            break
+    assert moved, "nothing was moved"
+
+
+def test_links_are_not_moved(run, photos, tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in list(photos.rglob("*.*")):
+        if path.is_file() and not path.name.startswith("."):
+            path.rename(elsewhere / path.name)
+    (photos / "behind").symlink_to(elsewhere)
+    (photos / "link.png").symlink_to(elsewhere / "a.png")
+    assert run(photos, "--move-ood", tmp_path / "aside", "--csv", tmp_path / "out.csv") == 0
+    found = [row for row in rows(tmp_path / "out.csv") if row.is_ood == "True"]
+    assert found and all("a link" in row.error for row in found)
+    assert not files(tmp_path / "aside") and f"{len(found)} not moved" in capsys.readouterr().err
+
+
+def test_places_within_others_count_once(run, photos, tmp_path, capsys):
+    assert run(photos / "sub", photos, photos / "a.png", photos, "--csv", tmp_path / "out.csv") == 0
+    assert len(rows(tmp_path / "out.csv")) == 5
+
+
+@pytest.mark.parametrize("target", ["photos/a.png", "names.txt", "photos"])
+def test_the_csv_takes_the_place_of_nothing_else(run, photos, tmp_path, capsys, target):
+    before = (tmp_path / target).read_bytes() if target != "photos" else None
+    assert run(photos, "--csv", tmp_path / target) == 1
+    assert target in capsys.readouterr().err
+    assert before is None or (tmp_path / target).read_bytes() == before
+
+
+def test_an_older_csv_of_its_own_is_replaced(run, photos, tmp_path, capsys):
+    assert run(photos, "--csv", tmp_path / "out.csv") == run(photos / "sub", "--csv", tmp_path / "out.csv") == 0
+    assert len(rows(tmp_path / "out.csv")) == 2
+
+
+def test_a_folder_cannot_be_its_own_way_out(run, photos, tmp_path, capsys):
+    (tmp_path / "file").write_text("words")
+    for target in (photos, tmp_path / "file"):
+        assert run(photos, "--move-ood", target) == 1
+        assert "move-ood" in capsys.readouterr().err
+
+
+def test_a_name_of_two_lines_stays_in_one(run, photos, capsys):
+    (photos / "a.png").rename(photos / "two\nlines\x1b[31m.png")
+    assert run(photos) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 5 and "\x1b" not in out
+
+
+def test_who_looks_at_the_first_line_only(run, photos, checkpoint, tmp_path):
+    words = f"predict {photos} --classes a,b --checkpoint {checkpoint} --batch-size 1 | head -1"
+    command = f'"{sys.executable}" -m clipn {words}'
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert len(done.stdout.splitlines()) == 1 and "rror" not in done.stderr
+
+
+def test_stopped_while_it_sets_up(run, photos, monkeypatch, capsys):
+    def stopping(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(clipn.CLIPN, "encode_text", stopping)
+    assert run(photos) == 130
+
+
+def test_a_share_to_keep_needs_pictures_to_keep(run, photos, capsys):
+    assert run(photos, "--keep", 0.9) == 1 and "--calibrate" in capsys.readouterr().err
+
+
+def test_a_file_of_names_by_folder_and_one_that_is_a_pipe(run, photos, tmp_path, capsys):
+    (tmp_path / "names.json").write_text(json.dumps({"n01": "horse, steed", "n02": "cow"}))
+    assert run(photos / "a.png", classes=tmp_path / "names.json") == 0
+    out = capsys.readouterr().out
+    assert ("horse" in out or "cow" in out) and "steed" not in out
+    reader, writer = os.pipe()
+    os.write(writer, b"horse\ncow\n")
+    os.close(writer)
+    assert run(photos / "a.png", classes=f"/dev/fd/{reader}") == 0

@@ -15,9 +15,10 @@ from conftest import write_clipn
 from helpers import numbered_samples, write_images, write_shard
 from test_train import ROOT, assert_same, weights
 
-from clipn.command import FAILED, RESUME
+from clipn.command import FAILED
 from clipn.config import load_config
 from clipn.evaluate import evaluate
+from clipn.interrupt import RESUME
 from clipn.run_folder import newest_checkpoint
 from clipn.train import train
 

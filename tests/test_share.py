@@ -247,7 +247,7 @@ def test_what_cannot_be_shared_or_taken_back(run, tmp_path):
     ("header", "message"),
     [
         ({"clipn_format": "2"}, "clipn_format 2: this version of clipn reads 1"),
-        ({"clipn_format": "1", "architecture": "[1]"}, "its header's architecture is list, expected dict"),
+        ({"clipn_format": "1", "architecture": "[1]"}, "its architecture is list, expected dict"),
         ({"clipn_format": "1", "config": "{"}, "not a whole checkpoint file"),
         ({"clipn_format": "1", "architecture": '{"text_cfg": {"trust_remote_code": true}}'}, "refused"),
     ],
