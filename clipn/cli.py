@@ -168,7 +168,10 @@ def _train(arguments: argparse.Namespace) -> None:
 
     words = arguments.words
     config, overrides = (words[0], words[1:]) if words and "=" not in words[0] else ("toy", words)
-    processes = int(os.environ.get("NPROC") or max(1, torch.cuda.device_count()))
+    asked = os.environ.get("NPROC") or str(max(1, torch.cuda.device_count()))
+    if not asked.isdigit() or int(asked) < 1:
+        raise ValueError(f"NPROC={asked!r}: expected a number of processes, 1 or more")
+    processes = int(asked)
     several_machines = any(os.environ.get(name) for name in ("PET_RDZV_ENDPOINT", "PET_MASTER_ADDR"))
     if "RANK" in os.environ or processes == 1 and not several_machines:
         run_training(config, overrides)

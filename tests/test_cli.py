@@ -48,6 +48,13 @@ def test_train_and_eval_are_the_same_doors_as_the_scripts(config_file, capsys):
     assert code == 1 and shown.err.startswith("error: command line, train.lr=fast")
 
 
+@pytest.mark.parametrize("asked", ["0", "two", "-1"])
+def test_an_impossible_number_of_processes_is_one_line(config_file, capsys, monkeypatch, asked):
+    monkeypatch.setenv("NPROC", asked)
+    code, shown = typed(capsys, "train", str(config_file))
+    assert code == 1 and shown.err == f"error: NPROC='{asked}': expected a number of processes, 1 or more\n"
+
+
 def test_shipped_configs_load_by_name_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("toy", "toy.yaml", "configs/toy.yaml"):
