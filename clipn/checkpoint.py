@@ -23,7 +23,7 @@ from .files import whole_file
 PROMPTS = "prompt_no"
 SHARED_FORMAT = 1
 _FORMAT_KEY = "clipn_format"  # in a shared file's header
-_FACTS = dict.fromkeys(("architecture", "preprocess", "config"), dict)
+_FACTS = dict.fromkeys(("architecture", "preprocess", "config", "training"), dict)
 _FACTS |= dict.fromkeys(("model_name", "pretrained", "base_sha256"), str)
 
 # Constants that some writers store beside the weights; they are rebuilt from the model's config.

@@ -82,7 +82,7 @@ examples:
     about = "of them, to stay at or above the threshold (default: 0.95)"
     parser.add_argument("--keep", type=float, metavar="SHARE", help=about)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures at once (default: 32)")
-    parser.add_argument("--csv", metavar="FILE", help="write a row per picture there ('-': the standard output)")
+    parser.add_argument("--csv", metavar="FILE", help="write a row per picture there")
     parser.add_argument("--move-ood", metavar="DIR", help="move the pictures that show none of the classes there")
 
 
@@ -173,7 +173,7 @@ def _train(arguments: argparse.Namespace) -> None:
         raise ValueError(f"NPROC={asked!r}: expected a number of processes, 1 or more")
     processes = int(asked)
     several_machines = any(os.environ.get(name) for name in ("PET_RDZV_ENDPOINT", "PET_MASTER_ADDR"))
-    if "RANK" in os.environ or processes == 1 and not several_machines:
+    if "TORCHELASTIC_RUN_ID" in os.environ or processes == 1 and not several_machines:
         run_training(config, overrides)
         return
     options = [f"--nproc_per_node={processes}", *([] if several_machines else ["--standalone"])]

@@ -55,9 +55,6 @@ def fail_in_one_line(main: Callable[[], None], stopped_code: int = RESUME) -> No
         if stopped_code == RESUME:
             log.warning("interrupted; the same command takes up what is not done yet: %s", _command())
         sys.exit(stopped_code)
-    except BrokenPipeError:  # who reads the output has seen enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(FAILED)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error from a decoding process comes with that process's traceback; its last line is the error.
         log.error("error: %s", (str(error).strip().splitlines() or [type(error).__name__])[-1])

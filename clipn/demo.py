@@ -82,7 +82,7 @@ def run_demo(
     if checkpoint is None:
         checkpoint = str(last_checkpoint(BUILT_IN))
         if not Path(checkpoint).is_file():
-            how = "make it with `sh run.sh` (about three minutes), or name another: `clipn demo --checkpoint C`"
+            how = "make it with `clipn train` or `sh run.sh` (about three minutes), or name another: `--checkpoint C`"
             raise FileNotFoundError(f"{checkpoint}: no built-in run here; {how}")
     config, sets = _evaluated(checkpoint)
     if class_names is None:

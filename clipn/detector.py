@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,10 +33,11 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _MOST_KEPT = 100_000  # class names whose weights are kept, 4 KB each for ViT-B-16
+_ROUNDING = 1e-4  # by how much, relatively, a score may differ between batches of other sizes
 _DECODERS = min(8, os.cpu_count() or 1)  # threads
 
 
-class _Judge(NamedTuple):
+class _State(NamedTuple):
     """What a prediction reads, all at once, so that another thread may change the classes meanwhile."""
 
     method: str
@@ -68,7 +68,7 @@ class Detector:
         self._tokenizer = get_tokenizer(model.architecture)
         self._weights: dict[tuple[Any, str], tuple[Tensor, Tensor]] = {}
         self._encoding, self._changing = threading.Lock(), threading.Lock()
-        self._judge = self._judge_of(method, class_names, "simple" if templates is None else templates)
+        self._state = self._state_of(method, class_names, "simple" if templates is None else templates)
 
     @classmethod
     def from_pretrained(
@@ -103,20 +103,20 @@ class Detector:
 
     @property
     def method(self) -> str:
-        return self._judge.method
+        return self._state.method
 
     @property
     def class_names(self) -> list[str]:
-        return list(self._judge.class_names)
+        return list(self._state.class_names)
 
     @property
     def templates(self) -> list[str]:
-        return list(self._judge.templates)
+        return list(self._state.templates)
 
     @property
     def threshold(self) -> float | None:
         """Pictures that score below it are OOD; None: the method's own decision."""
-        return self._judge.threshold
+        return self._state.threshold
 
     @property
     def device(self) -> torch.device:
@@ -127,9 +127,9 @@ class Detector:
 
         templates: as in `from_pretrained`; None keeps them. Raises ValueError for no names or an empty one.
         """
-        judge = self._judge_of(self.method, class_names, self.templates if templates is None else templates)
+        state = self._state_of(self.method, class_names, self.templates if templates is None else templates)
         with self._changing:
-            self._judge = judge
+            self._state = state
 
     def with_classes(
         self, class_names: Sequence[str], templates: str | Sequence[str] | None = None, method: str | None = None
@@ -142,7 +142,7 @@ class Detector:
         _check(method, self.scale)
         other = copy.copy(self)
         other._changing = threading.Lock()
-        other._judge = self._judge_of(method, class_names, templates)
+        other._state = self._state_of(method, class_names, templates)
         return other
 
     def predict(
@@ -161,8 +161,8 @@ class Detector:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: expected a whole number, 1 or more")
         if is_one_image(images):
-            return next(self._results([images], self._judge, 1, on_error))
-        results = self._results(images, self._judge, batch_size, on_error)
+            return next(self._results([images], self._state, 1, on_error))
+        results = self._results(images, self._state, batch_size, on_error)
         return list(results) if isinstance(images, Sized) else results
 
     def calibrate(self, id_images: AnyImage | Iterable[AnyImage], keep: float = 0.95, batch_size: int = 32) -> float:
@@ -172,42 +172,43 @@ class Detector:
         """
         if not 0 < keep <= 1:
             raise ValueError(f"keep={keep}: expected a share above 0, up to 1")
-        judge, images = self._judge, [id_images] if is_one_image(id_images) else id_images
-        scores = [result.score for result in self._results(images, judge, batch_size, "raise")]
+        state, images = self._state, [id_images] if is_one_image(id_images) else id_images
+        scores = [result.score for result in self._results(images, state, batch_size, "raise")]
         if not scores:
             raise ValueError("calibrate: expected at least one in-distribution picture, found none")
         threshold = float(np.quantile(scores, 1 - keep, method="lower"))  # at least `keep` of them reach it
+        threshold -= _ROUNDING * abs(threshold)  # also when they come in other batches
         with self._changing:
-            if self._judge is not judge:
+            if self._state is not state:
                 raise ValueError("calibrate: classes or threshold were changed meanwhile; calibrate again")
-            self._judge = judge._replace(threshold=threshold)
+            self._state = state._replace(threshold=threshold)
         return threshold
 
-    def _results(self, images: Iterable[AnyImage], judge: _Judge, batch_size: int, on_error: str) -> Iterator[Any]:
+    def _results(self, images: Iterable[AnyImage], state: _State, batch_size: int, on_error: str) -> Iterator[Any]:
         ahead = 0 if batch_size == 1 else batch_size
         for batch in _batches(_map_ahead(self._tensor, enumerate(images), ahead), batch_size):
             good = [found for found in batch if not isinstance(found, Exception)]
-            results = iter(self._judged(torch.stack(good), judge) if good else [])
+            results = iter(self._judged(torch.stack(good), state) if good else [])
             for found in batch:
                 if isinstance(found, Exception) and on_error == "raise":
                     raise found
                 yield found if isinstance(found, Exception) else next(results)
 
-    def _judged(self, pixels: Tensor, judge: _Judge) -> list[Result]:
+    def _judged(self, pixels: Tensor, state: _State) -> list[Result]:
         """[B, 3, H, W] preprocessed -> B results."""
         with torch.inference_mode():
-            logits_yes, logits_no = judge.head(self.model.encode_image(pixels.to(self.device)), self.scale)
+            logits_yes, logits_no = state.head(self.model.encode_image(pixels.to(self.device)), self.scale)
             scores = {name: score(logits_yes, logits_no, self.scale).tolist() for name, score in SCORES.items()}
             says_ood = [None] * len(pixels)
-            if judge.threshold is not None:
-                says_ood = [score < judge.threshold for score in scores[judge.method]]
-            elif judge.method in DECISIONS:
-                says_ood = DECISIONS[judge.method](logits_yes, logits_no).tolist()
+            if state.threshold is not None:
+                says_ood = [score < state.threshold for score in scores[state.method]]
+            elif state.method in DECISIONS:
+                says_ood = DECISIONS[state.method](logits_yes, logits_no).tolist()
             logits_yes, logits_no = logits_yes.cpu(), logits_no.cpu()
         each = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
         rows = zip(each, says_ood, logits_yes, logits_no, strict=True)
         return [
-            Result(judge.method, own, ood, yes.clone(), no.clone(), judge.class_names)  # which does not keep its batch
+            Result(state.method, own, ood, yes.clone(), no.clone(), state.class_names)  # which does not keep its batch
             for own, ood, yes, no in rows
         ]
 
@@ -217,10 +218,9 @@ class Detector:
         try:
             picture = any_image(image)
             return self._preprocessed(picture) if isinstance(picture, Tensor) else self.preprocess(picture)
-        except (ValueError, OSError) as error:
-            return error if isinstance(image, (str, Path)) else type(error)(f"image {number}: {error}")
-        except (MemoryError, OverflowError) as error:
-            return ValueError(f"image {number}: too large: {error or type(error).__name__}")
+        except (ValueError, OSError, MemoryError, OverflowError) as error:
+            named = isinstance(error, (ValueError, OSError)) and isinstance(image, (str, Path))
+            return error if named else ValueError(f"image {number}: {error or type(error).__name__}")
 
     def _preprocessed(self, pixels: Tensor) -> Tensor:
         size = self.model.preprocess["size"]
@@ -230,11 +230,13 @@ class Detector:
             raise ValueError(
                 f"{pixels.dtype} tensor of shape {list(pixels.shape)}: expected {list(shape)} floats; {how}"
             )
-        if not pixels.isfinite().all() or (pixels.min() >= 0 and pixels.max() <= 1):
-            raise ValueError(f"a float tensor of values in 0..1, or not finite, is not normalised: {how}")
+        if not pixels.isfinite().all():
+            raise ValueError(f"float tensor with values that are not finite; {how}")
+        if any(self.model.preprocess["mean"]) and pixels.min() >= 0 and pixels.max() <= 1:
+            log.warning("a float tensor of values in 0..1 is taken as normalised already; %s", how)
         return pixels.float().cpu()
 
-    def _judge_of(self, method: str, class_names: Sequence[str], templates: str | Path | Sequence[str]) -> _Judge:
+    def _state_of(self, method: str, class_names: Sequence[str], templates: str | Path | Sequence[str]) -> _State:
         names, templates = tuple(check_class_names(class_names)), tuple(load_templates(templates, "templates"))
         weights = {name: self._weights.get((templates, name)) for name in names}
         new = [name for name, found in weights.items() if found is None]
@@ -248,7 +250,7 @@ class Detector:
                     self._weights.clear()
                 self._weights |= {(templates, name): weights[name] for name in new}
         chosen = zip(*(weights[name] for name in names), strict=True)
-        return _Judge(method, names, templates, Head(*(torch.stack(rows) for rows in chosen)))
+        return _State(method, names, templates, Head(*(torch.stack(rows) for rows in chosen)))
 
     def _warn_of_cut(self, names: Sequence[str], templates: Sequence[str]) -> None:
         length = context_length(self.model.architecture)
@@ -272,8 +274,24 @@ def _check(method: str, scale: float) -> None:
 
 
 def _batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    while batch := list(islice(items, size)):
+    batch, failures = [], []
+    for item in _until_error(items, failures):
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
         yield batch
+    for failure in failures:
+        raise failure
+
+
+def _until_error(items: Iterable[T], failures: list[Exception]) -> Iterator[T]:
+    """The items; an error of theirs ends them and is put into `failures`, so that what came before it is not lost."""
+    try:
+        yield from items
+    except Exception as error:
+        failures.append(error)
 
 
 def _map_ahead(function: Callable[[Any], T], items: Iterable[Any], ahead: int) -> Iterator[T]:
@@ -283,11 +301,13 @@ def _map_ahead(function: Callable[[Any], T], items: Iterable[Any], ahead: int) -
         return
     pool, pending = ThreadPoolExecutor(_DECODERS), deque()
     try:
-        for item in items:
+        for item in _until_error(items, failures := []):
             pending.append(pool.submit(function, item))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+        for failure in failures:
+            raise failure
     finally:  # nobody waits for the rest of an iterator that is given up
         pool.shutdown(wait=False, cancel_futures=True)

@@ -191,7 +191,8 @@ def find_images(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
             folders.clear()  # a link back, which has no end
             continue
         seen.add(_identity(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        shown = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(shown, key=lambda name: (os.path.islink(os.path.join(parent, name)), name))  # links last
         for name in sorted(names):
             if _is_image(name):
                 yield Path(parent) / name

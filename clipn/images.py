@@ -79,8 +79,6 @@ def any_image(image: AnyImage) -> Image.Image | Tensor:
         return _pixels_of_tensor(image) if image.dtype == torch.uint8 else image
     if isinstance(image, np.ndarray):
         return _pixels_of_array(image)
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
     if isinstance(image, str) and "://" in image:
         raise ValueError(f"{image}: URLs are not fetched; download it, and give its path or bytes")
     if isinstance(image, (str, Path)):
@@ -88,15 +86,19 @@ def any_image(image: AnyImage) -> Image.Image | Tensor:
         if not path.is_file():  # a pipe or a device may never end
             kind = ValueError if path.exists() else FileNotFoundError
             raise kind(f"{name}: {'not a file' if path.exists() else 'no such file'}")
+    elif isinstance(image, Image.Image):
+        name = "the PIL image given"
     elif hasattr(image, "read"):
         image, name = image.read(), "the file given"
+        if not isinstance(image, bytes):
+            raise ValueError(f"{name}: gives {type(image).__name__}, expected bytes; open it in binary mode")
     elif isinstance(image, (bytes, bytearray, memoryview)):
         image, name = bytes(image), "the bytes given"
     else:
         kinds = "a path, bytes, an open file, a PIL image, an array or a tensor"
         raise ValueError(f"{type(image).__name__}: not an image; expected {kinds}")
     try:
-        return open_image(image)
+        return to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name}: no image, or of an unknown format") from error
     except Exception as error:  # PIL raises many kinds

@@ -19,6 +19,8 @@ from .tables import Table, decisions_table, percent, results_table, run_number
 
 log = logging.getLogger(__name__)
 
+_COPYING = 60  # seconds by which a copied run's files may lie apart, in any order
+
 # The settings that say to others what was trained and judged, and how: none but _FILES holds a path.
 _TOLD = {
     "run": "seed",
@@ -55,7 +57,7 @@ def run_facts(content: dict[str, Any], file: Path) -> dict[str, Any]:
     config, training = content.get("config") or {}, content.get("training") or {}
     results, decisions = (_rows(file, name) for name in ("results.csv", "decisions.csv"))
     settings = config.get("eval") or {}
-    if not settings.get("id") or {row["method"] for row in results} != set(settings["methods"]):
+    if not settings.get("id") or {row["method"] for row in results} != set(settings.get("methods") or ()):
         settings = {}  # the results are of another evaluation than the run's own
     config = config | {"eval": settings}
     return {
@@ -183,7 +185,7 @@ def _results(facts: dict[str, Any]) -> str:
 
 
 def _limits(facts: dict[str, Any]) -> str:
-    judged = "on the image sets above alone" if facts["results"] else "on no image set that its run tells of"
+    judged = "on the image sets above alone" if facts["results"] else "on no image set that is known here"
     return f"""- The no tower means nothing beside another base than its own.
 - It was judged {judged}; on other images and classes it may do better or worse, so try it on yours.
 - CTW and ATD decide by themselves; a threshold of your own comes from `detector.calibrate(your images)`.
@@ -232,7 +234,7 @@ def _rows(file: Path, name: str) -> list[dict[str, Any]]:
     if not path.is_file() or not last.is_file() or not last.samefile(file):
         return []
     table = pd.read_csv(path)
-    if path.stat().st_mtime < last.stat().st_mtime or run_number(table).any():
+    if path.stat().st_mtime < last.stat().st_mtime - _COPYING or run_number(table).any():
         log.warning("%s is older than %s, or of several checkpoints: left out", path, last)
         return []
     return json.loads(table.to_json(orient="records", double_precision=15))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from .command import FAILED
 from .detector import Detector
 from .image_sets import find_images
 from .images import IMAGE_SUFFIXES
@@ -44,7 +46,7 @@ def predict_pictures(
 ) -> None:
     """Judge every picture in these folders and files; print a line each, or write a CSV row each to `csv_file`.
 
-    csv_file: "-" is the standard output. ood_folder: pictures of none of the classes are moved there, under their path
+    ood_folder: pictures of none of the classes are moved there, under their path
     within the folder; nothing is overwritten. calibration_folder: pictures of the classes, `keep` of which stay at or
     above the threshold. A picture that cannot be read is a row with its error. Any number needs no more memory.
 
@@ -75,6 +77,9 @@ def predict_pictures(
         except KeyboardInterrupt:
             print(f"stopped: {_told(counts, csv_file)}", file=sys.stderr)
             raise
+        except BrokenPipeError:  # who reads the output has seen enough, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(FAILED)
     if counts["unreadable"] == total:
         raise ValueError(f"none of the {total} pictures can be read; the last: {row.error}")
     print(f"done: {_told(counts, csv_file)}", file=sys.stderr)
@@ -95,8 +100,8 @@ def _check_targets(places: Sequence[Path], csv_file: str | Path | None, ood_fold
         if folder.exists() and not folder.is_dir() or folder.resolve() in [place.resolve() for place in places]:
             raise ValueError(f"move-ood {ood_folder}: expected a folder of its own for the pictures of no class")
         folder.mkdir(parents=True, exist_ok=True)
-    if csv_file and Path(csv_file).is_dir():
-        raise ValueError(f"csv {csv_file}: expected a file, found a folder")
+    if csv_file and (Path(csv_file).is_dir() or str(csv_file) == "-"):
+        raise ValueError(f"csv {csv_file}: expected a file; without one each picture is a line")
     if csv_file and Path(csv_file).is_file() and Path(csv_file).stat().st_size:
         with open(csv_file, "rb") as file:
             if file.readline().rstrip() != ",".join(Row._fields).encode():
@@ -133,7 +138,6 @@ def _writer(csv_file: str | Path | None) -> Iterator[Callable[[Row], None]]:
     if csv_file is None:
         yield lambda row: tqdm.write(_sentence(row))
         return
-    csv_file = "/dev/stdout" if str(csv_file) == "-" else csv_file
     Path(csv_file).parent.mkdir(parents=True, exist_ok=True)
     # A row is on disk when it is written; a file's name may be bytes that are no text.
     with open(csv_file, "w", buffering=1, encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -152,7 +156,7 @@ def _sentence(row: Row) -> str:
 def _move(path: Path, root: Path, folder: Path) -> str:
     """Move a picture to its place in `folder`; returns what stood in the way, if anything did."""
     target = folder / path.relative_to(root)
-    if path.is_symlink() or not path.resolve().is_relative_to(root.resolve()):
+    if path.resolve() != root.resolve() / path.relative_to(root):
         return "not moved: it is a link, or lies behind one"
     if target.exists():
         return f"not moved: {target} is there already"
@@ -167,5 +171,5 @@ def _move(path: Path, root: Path, folder: Path) -> str:
 def _told(counts: dict[str, int], csv_file: str | Path | None) -> str:
     total = sum(counts.values()) - counts["not moved"]
     parts = [f"{number} {what}" for what, number in counts.items() if number or what != "not moved"]
-    where = f"; rows in {csv_file}" if csv_file and str(csv_file) != "-" else ""
+    where = f"; rows in {csv_file}" if csv_file else ""
     return f"{total} pictures, {', '.join(parts)}{where}"

@@ -123,7 +123,7 @@ def share_weights(
     facts = _base_names(content, model_name, tag) | {
         "base_sha256": base_hash(model.published_state()),
         "architecture": model.architecture,
-        "preprocess": content.get("preprocess"),
+        "preprocess": dict(model.preprocess) if content.get("preprocess") else None,
         "parameters": sum(value.numel() for value in shared.values()),
         "dtype": dtype,
         "license": license,

@@ -24,6 +24,7 @@ from clipn.command import fail_in_one_line, start_log
 from clipn.head import build_head
 from clipn.image_sets import find_images
 from clipn.images import open_image, val_transform
+from clipn.interrupt import STOPPED
 from clipn.model import CLIPN
 from clipn.onnx_export import export_onnx
 from clipn.prompts import class_names_of, load_templates
@@ -123,4 +124,4 @@ def _photos(folder: str, model: CLIPN) -> torch.Tensor:
 
 if __name__ == "__main__":
     start_log(None)
-    fail_in_one_line(main)
+    fail_in_one_line(main, STOPPED)

@@ -55,6 +55,24 @@ def test_an_impossible_number_of_processes_is_one_line(config_file, capsys, monk
     assert code == 1 and shown.err == f"error: NPROC='{asked}': expected a number of processes, 1 or more\n"
 
 
+def test_many_processes_are_launched_once(config_file, capsys, monkeypatch):
+    launched = []
+    monkeypatch.setattr("clipn.launch.launch", lambda arguments: launched.append(arguments) or 0)
+    for name, value in {"NPROC": "3", "RANK": "0", "WORLD_SIZE": "2", "PET_MASTER_ADDR": "first"}.items():
+        monkeypatch.setenv(name, value)  # a cluster may set RANK for its machines
+    assert typed(capsys, "train", str(config_file), "train.lr=1e-4")[0] == 0
+    assert launched == [["--nproc_per_node=3", "-m", "clipn", "train", str(config_file), "train.lr=1e-4"]]
+    monkeypatch.delenv("PET_MASTER_ADDR")
+    assert typed(capsys, "train", str(config_file))[0] == 0 and launched[1][:2] == [
+        "--nproc_per_node=3",
+        "--standalone",
+    ]
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # a process that was launched
+    assert typed(capsys, "train", str(config_file), "train.epochs=1")[0] == 0 and len(launched) == 2
+
+
 def test_shipped_configs_load_by_name_anywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("toy", "toy.yaml", "configs/toy.yaml"):

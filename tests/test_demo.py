@@ -213,7 +213,7 @@ def test_uploads_lie_in_a_private_folder_that_goes_with_the_page(shown, tmp_path
 @with_gradio
 def test_no_built_in_run_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"runs/toy/checkpoints/last.pt: .*`sh run.sh`.*--checkpoint C`$"):
+    with pytest.raises(FileNotFoundError, match=r"runs/toy/checkpoints/last.pt: .*`sh run.sh`.*--checkpoint C`"):
         demo.run_demo()
 
 

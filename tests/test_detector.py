@@ -3,6 +3,7 @@
 import io
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_an_iterator_is_read_no_more_than_two_batches_ahead(detector, photos):
     assert len(taken) == 1
 
 
-def test_grey_transparent_and_turned_pictures(detector, tmp_path):
+def test_a_grey_picture_is_the_same_in_every_mode(detector):
     grey = np.full((20, 30), 99, np.uint8)
     as_colour = np.repeat(grey[..., None], 3, axis=2)
     kinds = [grey, grey[..., None], as_colour, torch.from_numpy(grey)[None], Image.fromarray(grey)]
@@ -137,7 +138,6 @@ def test_grey_transparent_and_turned_pictures(detector, tmp_path):
         (np.full((5, 5), np.nan), ["0..1"]),
         (np.zeros((5, 5), np.int64), ["int64", "uint8"]),
         (torch.zeros(20, 20, 3, dtype=torch.uint8), ["[20, 20, 3]", "[1 or 3, height, width]"]),
-        (torch.rand(3, 32, 32), ["not normalised", "detector.preprocess"]),
         (torch.randn(3, 32, 31), ["[3, 32, 31]", "[3, 32, 32]"]),
         (torch.full((3, 32, 32), torch.nan), ["not finite"]),
         (7, ["int", "expected a path"]),
@@ -180,8 +180,9 @@ def test_calibration_keeps_the_asked_share(detector, photos):
     assert detector.threshold is None
     for keep, out in ((1.0, 0), (0.95, 0), (0.8, 1), (0.5, 3)):
         threshold = detector.calibrate(iter(photos), keep=keep)
-        assert threshold == detector.threshold == scores[out]
+        assert threshold == detector.threshold == pytest.approx(scores[out], rel=2e-4)
         assert sum(r.is_ood for r in detector.predict(photos)) == out
+        assert sum(detector.predict(photo).is_ood for photo in photos) == out, "one by one as in a batch"
     detector.set_classes(["horse", "cow"])
     assert detector.threshold is None, "a threshold of other classes says nothing"
 
@@ -232,24 +233,22 @@ def test_threads_may_predict_while_the_classes_change(detector, photos):
     expected = {}
     for names in choices:
         expected[tuple(names)] = [r.score for r in detector.with_classes(names).predict(photos)]
-    failures, done = [], threading.Event()
+    done = threading.Event()
 
     def predict():
-        while not done.is_set():
+        count = 0
+        while not done.is_set() or not count:
             results = detector.predict(photos, batch_size=7)
-            scores = [r.score for r in results]
-            if scores != pytest.approx(expected[tuple(results[0].class_names)], rel=1e-4):
-                failures.append(scores)
+            assert [r.score for r in results] == pytest.approx(expected[tuple(results[0].class_names)], rel=1e-4)
+            count += 1
+        return count
 
-    threads = [threading.Thread(target=predict) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for n in range(60):
-        detector.set_classes(choices[n % 3])
-    done.set()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(4) as pool:
+        predictions = [pool.submit(predict) for _ in range(4)]
+        for n in range(60):
+            detector.set_classes(choices[n % 3])
+        done.set()
+        assert all(one.result() for one in predictions)
 
 
 @pytest.mark.parametrize("names", [[], "cat", ["cat", " "], ["cat", 3], None])
@@ -336,16 +335,53 @@ def test_known_names_do_not_wait_for_new_ones(detector, photos, monkeypatch):
 
     def slow(self, tokens):
         under_way.set()
-        assert go_on.wait(30)
+        assert go_on.wait(30), "somebody waits who should not"
         return encode(self, tokens)
 
     monkeypatch.setattr(clipn.CLIPN, "encode_text", slow)
-    thread = threading.Thread(target=detector.with_classes, args=(["a new name"],))
-    thread.start()
-    assert under_way.wait(30)
-    assert detector.with_classes(NAMES[:2]).predict(photos[0]).label in NAMES
-    go_on.set()
-    thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        new = pool.submit(detector.with_classes, ["a new name"])
+        assert under_way.wait(30)
+        known = pool.submit(detector.with_classes, NAMES[:2])
+        assert known.result(timeout=20).predict(photos[0]).label in NAMES
+        go_on.set()
+        assert new.result().class_names == ["a new name"]
+
+
+def test_what_came_before_an_error_of_the_iterator_is_not_lost(detector, photos):
+    def failing():
+        yield from photos[:3]
+        raise OSError("the camera is gone")
+
+    for size in (1, 2, 32):
+        results = detector.predict(failing(), batch_size=size)
+        assert [next(results).label in NAMES for _ in range(3)] == [True] * 3
+        with pytest.raises(OSError, match="the camera is gone"):
+            next(results)
+
+
+def test_a_pil_image_that_fails_late_and_an_open_text_file(detector, photos, tmp_path):
+    (tmp_path / "list.txt").write_text(str(photos[0]))
+    with open(tmp_path / "list.txt") as text:
+        found = detector.predict([Image.open(photos[0]), text, photos[0]], on_error="return")
+    assert isinstance(found[1], ValueError) and "binary mode" in str(found[1])
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(stream, "PNG")
+    content = bytearray(stream.getvalue())
+    content[content.rindex(b"IDAT")] = 0
+    late = Image.open(io.BytesIO(content))
+    broken, good = detector.predict([late, photos[0]], on_error="return")
+    assert isinstance(broken, ValueError) and good.score == pytest.approx(found[0].score, rel=1e-5)
+
+
+def test_its_own_preprocessing_is_always_taken(detector, caplog):
+    for grey in (0, 150, 255):
+        picture = Image.new("RGB", (64, 64), (grey, grey, grey))
+        expected = detector.predict(picture).score
+        assert detector.predict(detector.preprocess(picture)).score == pytest.approx(expected, rel=1e-5)
+    caplog.clear()
+    detector.predict(torch.rand(3, 32, 32))
+    assert "taken as normalised already" in messages(caplog)
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf")])

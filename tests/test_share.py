@@ -383,7 +383,7 @@ def test_the_card_invents_nothing(tmp_path):
     front, text = card_of(tmp_path / "shared")
     assert "license" not in front and "has not stated their license" in text
     assert "## Results" not in text and "## Training" not in text and "None" not in text and "nan" not in text
-    assert "no image set that its run tells of" in text
+    assert "no image set that is known here" in text
 
 
 def test_results_of_something_else_are_left_out(run, tmp_path, caplog):
