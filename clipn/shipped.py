@@ -1,4 +1,4 @@
-"""The configs that come with the package: beside it in a checkout, inside it where it was installed."""
+"""The configs that come with the package, in its folder configs: in a checkout that is a link to the one above."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def find_config(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    shipped = sorted([*_PACKAGE.glob("configs/*.yaml"), *_PACKAGE.parent.glob("configs/*.yaml")])
+    shipped = sorted(_PACKAGE.glob("configs/*.yaml"))
     if path.parent in (Path(), Path("configs")):
         for file in shipped:
             if file.stem == path.name.removesuffix(".yaml"):
@@ -30,5 +30,4 @@ def find_file(value: Any) -> Any:
     """
     if not isinstance(value, str) or not value.endswith((".json", ".txt")) or Path(value).is_file():
         return value
-    found = [folder / value for folder in (_PACKAGE, _PACKAGE.parent) if (folder / value).is_file()]
-    return str(found[0]) if found else value
+    return str(_PACKAGE / value) if (_PACKAGE / value).is_file() else value
