@@ -187,12 +187,13 @@ def find_images(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
     """The image files in and below a folder, in order, but for hidden ones and those in the folder `leave_out`."""
     seen = {_identity(leave_out)} if leave_out and leave_out.exists() else set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        if _identity(parent) in seen:
+        identity = _identity(parent)
+        if identity in seen:
             folders.clear()  # a link back, which has no end
             continue
-        seen.add(_identity(parent))
-        shown = [name for name in folders if not name.startswith(".")]
-        folders[:] = sorted(shown, key=lambda name: (os.path.islink(os.path.join(parent, name)), name))  # links last
+        seen.add(identity)
+        visible = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(parent, name)), name))  # links last
         for name in sorted(names):
             if _is_image(name):
                 yield Path(parent) / name

@@ -155,8 +155,9 @@ def _sentence(row: Row) -> str:
 
 def _move(path: Path, root: Path, folder: Path) -> str:
     """Move a picture to its place in `folder`; returns what stood in the way, if anything did."""
-    target = folder / path.relative_to(root)
-    if path.resolve() != root.resolve() / path.relative_to(root):
+    inside = path.relative_to(root)
+    target = folder / inside
+    if path.resolve() != root.resolve() / inside:
         return "not moved: it is a link, or lies behind one"
     if target.exists():
         return f"not moved: {target} is there already"
