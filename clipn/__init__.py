@@ -4,15 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import losses, metrics, scores
-    from .base import get_tokenizer
-    from .detector import Detector
-    from .head import Head, build_head
-    from .images import open_image
-    from .model import CLIPN, create_model_and_transforms
-    from .result import Result
+    from clipn import losses, metrics, scores
+    from clipn.data.images import open_image
+    from clipn.deploy.detector import Detector
+    from clipn.deploy.result import Result
+    from clipn.model.base import get_tokenizer
+    from clipn.model.clipn import CLIPN, create_model_and_transforms
+    from clipn.model.head import Head, build_head
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CLIPN",
@@ -28,19 +28,21 @@ __all__ = [
     "scores",
 ]
 
-_HOMES = {
-    "base": ["get_tokenizer"],
-    "detector": ["Detector"],
-    "head": ["Head", "build_head"],
-    "images": ["open_image"],
-    "model": ["CLIPN", "create_model_and_transforms"],
-    "result": ["Result"],
+_MODULES = {  # where each public name is defined; losses, metrics and scores are modules themselves
+    "CLIPN": "model.clipn",
+    "Detector": "deploy.detector",
+    "Head": "model.head",
+    "Result": "deploy.result",
+    "build_head": "model.head",
+    "create_model_and_transforms": "model.clipn",
+    "get_tokenizer": "model.base",
+    "open_image": "data.images",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """A public name when it is first asked for: `clipn --help` need not wait for PyTorch."""
+    """Import a public name when it is first used, so that `clipn --help` does not load PyTorch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = next((module for module, names in _HOMES.items() if name in names), None)
-    return getattr(import_module(f".{home}", __name__), name) if home else import_module(f".{name}", __name__)
+    module = import_module(f"{__name__}.{_MODULES.get(name, name)}")
+    return getattr(module, name) if name in _MODULES else module

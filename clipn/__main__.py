@@ -1,6 +1,6 @@
 """python -m clipn: the `clipn` command."""
 
-from .cli import main
+from clipn.cli import main
 
 if __name__ == "__main__":
     main()

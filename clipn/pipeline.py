@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .command import start_log
-from .config import Config, base_config, load_config
-from .distributed import choose_device, is_main, process_group
-from .evaluate import Evaluation, check_texts, evaluate, join
-from .report import summary, write_report
-from .run_folder import last_checkpoint
-from .train import train
-from .world import make_world
+from clipn.config.loading import base_config, load_config
+from clipn.config.schema import Config
+from clipn.data.pairs import open_pairs
+from clipn.evaluation.evaluate import check_texts, evaluate
+from clipn.evaluation.results import Evaluation, join
+from clipn.features.pairs import pair_features
+from clipn.model.base import get_tokenizer
+from clipn.model.checkpoint import last_checkpoint
+from clipn.model.clipn import create_model_and_transforms
+from clipn.report.write import summary, write_report
+from clipn.runtime.console import start_log
+from clipn.runtime.distributed import choose_device, is_main, process_group
+from clipn.toy.world import make_world
+from clipn.training.loop import train
 
 
 def run_training(path: str, overrides: list[str]) -> None:
@@ -31,7 +37,7 @@ def run_training(path: str, overrides: list[str]) -> None:
 
 
 def run_evaluation(path: str, overrides: list[str]) -> None:
-    """Judge the checkpoints that a config file with these `key=value` words names. Raises what evaluation raises."""
+    """Evaluate the checkpoints that a config file with these `key=value` words names. Raises what evaluation raises."""
     config = load_config(path, overrides)
     if config.eval.id is None:
         raise ValueError(f"{path}: eval.id: names no image set to evaluate on")
@@ -40,7 +46,26 @@ def run_evaluation(path: str, overrides: list[str]) -> None:
         make_world(config.world)
         evaluation = evaluate(config)
         if is_main():
+            write_report(Path(config.run.dir), *evaluation, bootstrap=config.eval.bootstrap)
             _show(config, evaluation)
+
+
+def run_extraction(path: str, overrides: list[str]) -> None:
+    """Encode the pairs of a config into features.dir, for data.source=features; training does the same if needed.
+
+    The same call resumes. Raises what opening pairs and writing features raise.
+    """
+    config = load_config(path, overrides)
+    device, settings = choose_device(config.run.device), config.model
+    with process_group(device):
+        start_log(config.run.dir)
+        pairs = open_pairs(config.data)
+        model, _, _ = create_model_and_transforms(
+            settings.name, settings.pretrained, settings.num_prompts, device, settings.image_mean, settings.image_std
+        )
+        pair_features(config, model, get_tokenizer(model.architecture), pairs)
+        if is_main():
+            print(f"done: features in {config.features.dir}/pairs; train with data.source=features")
 
 
 def each_seed(path: str, overrides: list[str]) -> list[Config]:
@@ -72,6 +97,8 @@ def evaluate_all(config: Config, runs: list[Config]) -> Evaluation | None:
     for run in runs:
         start_log(run.run.dir)
         evaluations.append(evaluate(run))
+        if is_main():
+            write_report(Path(run.run.dir), *evaluations[-1], bootstrap=run.eval.bootstrap)
     joined = join(evaluations)
     if config.run.seeds and is_main():
         write_report(Path(config.run.dir), *joined, bootstrap=config.eval.bootstrap)

@@ -30,19 +30,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clipn.base import context_length
-from clipn.command import fail_in_one_line
-from clipn.config import PRECISIONS, Config, ModelConfig, RunConfig, TrainConfig
-from clipn.distributed import choose_device
-from clipn.evaluate import score_features
-from clipn.feature_store import DTYPES, autocast
-from clipn.features import pair_encoder
-from clipn.head import Head
-from clipn.image_sets import ImageSet
-from clipn.objectives import ClipnObjective
-from clipn.pairs import CAUSES
+from clipn.config.schema import PRECISIONS, Config, ModelConfig, RunConfig, TrainConfig
+from clipn.data.image_sets import ImageSet
+from clipn.data.shards import CAUSES
+from clipn.evaluation.evaluate import score_features
+from clipn.features.pairs import pair_encoder
+from clipn.features.store import DTYPES, autocast
+from clipn.model.base import context_length
+from clipn.model.head import Head
+from clipn.runtime.console import fail_in_one_line
+from clipn.runtime.distributed import choose_device
 from clipn.scores import SCORES
-from clipn.train import Run
+from clipn.training.loop import Run
+from clipn.training.objectives import ClipnObjective
 
 STEPS = ("plain", "online", "features")
 MODES = (*STEPS, "extract", "evaluate", "rescore")

@@ -15,11 +15,11 @@ import pytest
 import torch
 from helpers import numbered_samples, write_shard
 
-from clipn.base import build_base
-from clipn.checkpoint import write_checkpoint
-from clipn.config import DataConfig
-from clipn.known_sets import KNOWN_SETS, KnownSet
-from clipn.model import CLIPN
+from clipn.config.schema import DataConfig
+from clipn.data.known_sets import KNOWN_SETS, KnownSet
+from clipn.model.base import build_base
+from clipn.model.checkpoint import write_checkpoint
+from clipn.model.clipn import CLIPN
 
 torch.set_num_threads(1)
 

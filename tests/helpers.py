@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clipn.evaluate import SetScores
-from clipn.image_sets import ImageSet
-from clipn.pairs import Pairs
+from clipn.data.image_sets import ImageSet
+from clipn.data.pairs import Pairs
+from clipn.evaluation.results import SetScores
 
 
 def image_bytes(colour=(200, 30, 30), size=(24, 24), kind: str = "JPEG") -> bytes:

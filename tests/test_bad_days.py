@@ -16,14 +16,14 @@ from conftest import write_clipn
 from helpers import files, jpeg_bytes, numbered_samples, write_shard
 from test_train import assert_same, weights
 
-import clipn.files
-import clipn.run_folder
-import clipn.run_log
-from clipn.checkpoint import read_checkpoint
-from clipn.config import load_config
-from clipn.objectives import ClipnObjective
-from clipn.run_folder import last_checkpoint, locked, newest_checkpoint
-from clipn.train import train
+import clipn.runtime.files
+import clipn.training.run_folder
+import clipn.training.run_log
+from clipn.config.loading import load_config
+from clipn.model.checkpoint import last_checkpoint, read_checkpoint
+from clipn.training.loop import train
+from clipn.training.objectives import ClipnObjective
+from clipn.training.run_folder import locked, newest_checkpoint
 
 
 def lines(config) -> list[dict]:
@@ -65,7 +65,7 @@ def test_checkpoints_are_written_by_the_clock_too(config_file):
 
 def test_steps_go_on_while_a_checkpoint_is_written(config_file, tmp_path, monkeypatch):
     straight = train(load_config(config_file, [f"run.dir={tmp_path}/straight"]))
-    went_on, write, prepare = threading.Event(), clipn.run_folder.write_checkpoint, ClipnObjective.prepare
+    went_on, write, prepare = threading.Event(), clipn.training.run_folder.write_checkpoint, ClipnObjective.prepare
 
     def slow_write(content, path):
         assert path.name == "step_6.pt" or went_on.wait(60), "training waited for the disk"
@@ -77,7 +77,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(config_file, tmp_path, monkey
             went_on.set()
         return prepare(self, batch, step)
 
-    monkeypatch.setattr(clipn.run_folder, "write_checkpoint", slow_write)
+    monkeypatch.setattr(clipn.training.run_folder, "write_checkpoint", slow_write)
     monkeypatch.setattr(ClipnObjective, "prepare", prepared)
     last = train(load_config(config_file))
     for name in ("epoch_1.pt", "last.pt"):
@@ -93,12 +93,12 @@ def test_a_full_disk_stops_the_run_and_loses_no_checkpoint(config_file, tmp_path
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(descriptor)
 
-    monkeypatch.setattr(clipn.files.os, "fsync", full)
+    monkeypatch.setattr(clipn.runtime.files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         train(config)
     assert files(last_checkpoint(config.run.dir).parent) == ["epoch_1.pt", "last.pt", "step_2.pt", "step_3.pt"]
     assert newest_checkpoint(last_checkpoint(config.run.dir).parent)[1]["training"]["step"] == 3
-    monkeypatch.setattr(clipn.files.os, "fsync", sync)
+    monkeypatch.setattr(clipn.runtime.files.os, "fsync", sync)
     assert_same(weights(train(config)), weights(straight))
 
 
@@ -308,7 +308,7 @@ def test_tensorboard_has_the_same_numbers(config_file):
 
 
 def test_tensorboard_is_not_needed(config_file, monkeypatch):
-    monkeypatch.setattr(clipn.run_log, "SummaryWriter", None)
+    monkeypatch.setattr(clipn.training.run_log, "SummaryWriter", None)
     config = load_config(config_file)
     train(config)
     assert len(lines(config)) == 6 and not (Path(config.run.dir) / "tensorboard").exists()

@@ -8,8 +8,8 @@ from conftest import architecture, write_clipn
 from safetensors.torch import save_file
 
 import clipn
-from clipn.base import build_base
-from clipn.checkpoint import read_checkpoint, write_checkpoint
+from clipn.model.base import build_base
+from clipn.model.checkpoint import read_checkpoint, write_checkpoint
 
 
 @pytest.fixture

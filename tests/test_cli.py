@@ -9,7 +9,7 @@ import pytest
 
 from clipn import __version__
 from clipn.cli import main
-from clipn.config import load_config
+from clipn.config.loading import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,7 +57,7 @@ def test_an_impossible_number_of_processes_is_one_line(config_file, capsys, monk
 
 def test_many_processes_are_launched_once(config_file, capsys, monkeypatch):
     launched = []
-    monkeypatch.setattr("clipn.launch.launch", lambda arguments: launched.append(arguments) or 0)
+    monkeypatch.setattr("clipn.runtime.launch.launch", lambda arguments: launched.append(arguments) or 0)
     for name, value in {"NPROC": "3", "RANK": "0", "WORLD_SIZE": "2", "PET_MASTER_ADDR": "first"}.items():
         monkeypatch.setenv(name, value)  # a cluster may set RANK for its machines
     assert typed(capsys, "train", str(config_file), "train.lr=1e-4")[0] == 0

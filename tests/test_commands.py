@@ -11,9 +11,9 @@ import torch
 from conftest import architecture
 
 import zero_shot_infer
-from clipn.command import fail_in_one_line, start_log
-from clipn.evaluate import RESULT_COLUMNS
-from clipn.interrupt import RESUME, Interrupted
+from clipn.evaluation.results import RESULT_COLUMNS
+from clipn.runtime.console import fail_in_one_line, start_log
+from clipn.runtime.signals import RESUME, Interrupted
 from scripts import train as train_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +124,7 @@ def test_the_script_says_it_in_one_line():
 
 
 def test_every_config_loads():
-    from clipn.config import load_config
+    from clipn.config.loading import load_config
 
     files = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(files) >= 6

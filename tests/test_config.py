@@ -7,7 +7,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from clipn.config import Config, base_config, load_config, save_config, to_dict
+from clipn.config.loading import base_config, load_config, save_config, to_dict
+from clipn.config.schema import Config
 
 SECTIONS = "run, world, model, data, features, train, eval, base"
 

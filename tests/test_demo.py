@@ -15,8 +15,8 @@ from conftest import write_clipn
 from helpers import write_images
 
 from clipn import demo
-from clipn.demo_view import cards, choices, heading, parse_class_names, verdict
-from clipn.result import Result
+from clipn.demo.cards import cards, choices, heading, parse_class_names, verdict
+from clipn.deploy.result import Result
 from clipn.scores import DECISIONS, SCORES
 
 with_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="Gradio, an extra, is not installed")
@@ -122,7 +122,7 @@ def test_class_names_are_read_by_line_and_comma(written, names):
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def printable(monkeypatch):
     """Runs the demo up to its page; returns what the page is given."""
     given = {}
 
@@ -153,7 +153,7 @@ def write_run(folder: Path, world: str = "null") -> Path:
 
 @with_gradio
 def test_a_run_gives_its_own_classes_and_examples(shown, tmp_path, capsys):
-    page = shown(str(write_run(tmp_path / "run")), method="CTW", port=1234)
+    page = printable(str(write_run(tmp_path / "run")), method="CTW", port=1234)
     assert page.class_names == page.detector.class_names == ["cat", "polar bear"]
     assert {title: len(paths) for title, paths in page.examples.items()} == {"Things that it knows": 6, "far": 2}
     assert {path.parent.name for path in page.examples["Things that it knows"]} == {"cat", "polar_bear"}
@@ -165,13 +165,13 @@ def test_a_run_gives_its_own_classes_and_examples(shown, tmp_path, capsys):
 def test_the_built_in_run_is_the_default_and_says_what_it_knows(shown, tmp_path, monkeypatch):
     write_run(tmp_path / "runs/toy", world="toy")
     monkeypatch.chdir(tmp_path)
-    page = shown()
+    page = printable()
     assert page.class_names == ["cat", "polar bear"] and "small drawings" in page.note
 
 
 @with_gradio
 def test_given_classes_win(shown, tmp_path):
-    assert shown(str(write_run(tmp_path / "run")), ["sun", "moon"]).class_names == ["sun", "moon"]
+    assert printable(str(write_run(tmp_path / "run")), ["sun", "moon"]).class_names == ["sun", "moon"]
 
 
 @with_gradio
@@ -181,7 +181,7 @@ def test_weights_that_say_nothing_start_with_an_empty_box(shown, tmp_path, confi
     checkpoint = write_clipn(tmp_path / "checkpoints/last.pt")
     if config:
         (tmp_path / "config.yaml").write_text(config)
-    page = shown(str(checkpoint))
+    page = printable(str(checkpoint))
     assert page.class_names == [] and page.examples == {} and page.note == ""
 
 
@@ -189,7 +189,7 @@ def test_weights_that_say_nothing_start_with_an_empty_box(shown, tmp_path, confi
 def test_a_missing_ood_folder_leaves_the_classes(shown, tmp_path):
     checkpoint = write_run(tmp_path / "run")
     (tmp_path / "run/world/far").rename(tmp_path / "elsewhere")
-    page = shown(str(checkpoint))
+    page = printable(str(checkpoint))
     assert page.class_names == ["cat", "polar bear"] and list(page.examples) == ["Things that it knows"]
 
 
@@ -205,7 +205,7 @@ def test_uploads_lie_in_a_private_folder_that_goes_with_the_page(shown, tmp_path
         return "http://x/"
 
     monkeypatch.setattr(demo, "start", start)
-    shown(str(write_run(tmp_path / "run")))
+    printable(str(write_run(tmp_path / "run")))
     assert seen == [(tmp_path / "mine", 0)]
     assert not list((tmp_path / "mine").iterdir()) and demo.os.environ["GRADIO_TEMP_DIR"] == str(tmp_path / "mine")
 

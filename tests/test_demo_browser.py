@@ -13,8 +13,8 @@ import pytest
 from conftest import GOLDEN, write_clipn
 from helpers import image_bytes, write_images
 
-from clipn.demo import build_demo, start
-from clipn.detector import Detector
+from clipn.demo.app import build_demo, start
+from clipn.deploy.detector import Detector
 
 pytest.importorskip("gradio", reason="Gradio, an extra, is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")

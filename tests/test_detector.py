@@ -13,9 +13,9 @@ from helpers import image_bytes, messages, png_header
 from PIL import Image
 
 import clipn
-from clipn.evaluate import score_features
-from clipn.image_sets import open_image_set
-from clipn.prompts import simple_templates
+from clipn.data.image_sets import open_image_set
+from clipn.data.prompts import simple_templates
+from clipn.evaluation.evaluate import score_features
 from clipn.scores import SCORES
 
 NAMES = ["cat", "dog", "a red fire engine"]

@@ -13,8 +13,8 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
 from clipn import feature_scores
-from clipn.feature_scores import FEATURE_SCORES, principal_dim
-from clipn.head import Head
+from clipn.methods.from_features import FEATURE_SCORES, principal_dim
+from clipn.model.head import Head
 
 CLASSES, WIDTH, SCALE = 4, 12, 20.0
 

@@ -18,14 +18,14 @@ from helpers import files, write_images, write_shard
 from PIL import Image
 from test_train import ROOT, assert_same, weights
 
-import clipn.files
-import clipn.interrupt
-from clipn.base import get_tokenizer
-from clipn.config import load_config
-from clipn.features import count_causes, pair_features
-from clipn.model import CLIPN, create_model_and_transforms
-from clipn.pairs import open_pairs, pair_dataset
-from clipn.train import train
+import clipn.runtime.files
+import clipn.runtime.signals
+from clipn.config.loading import load_config
+from clipn.data.pairs import open_pairs, pair_dataset
+from clipn.features.pairs import count_causes, pair_features
+from clipn.model.base import get_tokenizer
+from clipn.model.clipn import CLIPN, create_model_and_transforms
+from clipn.training.loop import train
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
 FROM_FEATURES = ["data.source=features", "features.dtype=float32"]
@@ -149,10 +149,10 @@ def test_two_ranks_fill_one_store_and_train_as_one_process(settings, tmp_path):
     (tmp_path / "ranks.py").write_text(
         """
 import sys
-from clipn.config import load_config
-from clipn.distributed import choose_device, process_group, rank
-from clipn.feature_store import FeatureStore
-from clipn.train import train
+from clipn.config.schema import load_config
+from clipn.runtime.distributed import choose_device, process_group, rank
+from clipn.features.store import FeatureStore
+from clipn.training.loop import train
 
 def write(self, part, tensors, write=FeatureStore.write):
     (self.folder.parent / f"written_{part}_by_{rank()}").touch(exist_ok=False)
@@ -240,7 +240,7 @@ def test_a_full_disk_leaves_no_broken_part(settings, tmp_path, monkeypatch):
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(clipn.files.os, "fsync", full)
+        patch.setattr(clipn.runtime.files.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             pair_features(config, *parts)
     assert files(tmp_path / "features") == ["manifest.json", "part_00000.safetensors"]
@@ -273,10 +273,10 @@ def test_a_damaged_part_is_named(settings, tmp_path, size):
 
 
 def test_a_signal_that_a_fork_swallowed_is_heeded_at_the_next_batch(settings, monkeypatch):
-    monkeypatch.setattr(clipn.interrupt, "_asked", [15])
+    monkeypatch.setattr(clipn.runtime.signals, "_asked", [15])
     with pytest.raises(KeyboardInterrupt):
         features_of(settings())
-    monkeypatch.setattr(clipn.interrupt, "_asked", [])
+    monkeypatch.setattr(clipn.runtime.signals, "_asked", [])
     assert len(features_of(settings())) == 20
 
 

@@ -8,8 +8,8 @@ import pandas as pd
 from helpers import write_images
 from PIL import Image
 
-from clipn.figures import draw_bars, draw_histograms, draw_roc, draw_samples
-from clipn.image_sets import open_image_set
+from clipn.data.image_sets import open_image_set
+from clipn.report.figures import draw_bars, draw_histograms, draw_roc, draw_samples
 
 
 def test_constant_scores_can_be_drawn(tmp_path):

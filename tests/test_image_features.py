@@ -9,10 +9,10 @@ from conftest import architecture, write_clipn
 from helpers import files, write_images
 from PIL import Image
 
-import clipn.evaluate
-import clipn.storage
-from clipn.config import load_config
-from clipn.evaluate import evaluate
+import clipn.data.storage
+import clipn.evaluation.evaluate
+from clipn.config.loading import load_config
+from clipn.evaluation.evaluate import evaluate
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ features: {{dir: {tmp_path}/features, part_size: 2}}
 eval: {{id: {tmp_path}/id, ood: {tmp_path}/ood, templates: simple, methods: [MSP, ATD]}}
 """
     )
-    monkeypatch.setattr(clipn.evaluate, "write_report", lambda *arguments, **more: None)
+    monkeypatch.setattr(clipn.evaluation.evaluate, "write_report", lambda *arguments, **more: None)
     return lambda *words: evaluate(load_config(tmp_path / "config.yaml", words)).results
 
 
@@ -77,7 +77,7 @@ def test_an_image_that_cannot_be_read_today_may_be_tomorrow(judge, tmp_path, mon
     first, broken = judge(), tmp_path / "ood/2.png"
     (tmp_path / "features").rename(tmp_path / "before")
     read = Path.read_bytes
-    monkeypatch.setattr(clipn.storage, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(clipn.data.storage, "FIRST_PAUSE", 0.0)
 
     def failing(path):
         if path == broken:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import architecture
 
 import clipn
-from clipn.image_scores import IMAGE_SCORES, local_features
+from clipn.methods.from_images import IMAGE_SCORES, local_features
 from clipn.scores import SCORES
 
 NAMES, TEMPLATES = ["cat", "dog", "a red car"], ["a photo of a {}."]

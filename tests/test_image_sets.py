@@ -3,7 +3,7 @@
 import pytest
 from helpers import write_images
 
-from clipn.image_sets import open_image_set, open_image_sets
+from clipn.data.image_sets import open_image_set, open_image_sets
 
 
 def names(images) -> list[str]:

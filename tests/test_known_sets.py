@@ -9,10 +9,10 @@ from helpers import write_images
 from open_clip import IMAGENET_CLASSNAMES
 
 from clipn import known_sets
-from clipn.config import load_config
-from clipn.image_sets import open_image_sets, open_known_set
-from clipn.known_sets import KNOWN_SETS, expected_tree, known_set
-from clipn.prompts import load_class_names
+from clipn.config.loading import load_config
+from clipn.data.image_sets import open_image_sets, open_known_set
+from clipn.data.known_sets import KNOWN_SETS, expected_tree, known_set
+from clipn.data.prompts import load_class_names
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROTOCOLS = sorted(CONFIGS.glob("eval_*.yaml"))

@@ -9,9 +9,9 @@ from conftest import architecture, write_clipn
 from helpers import write_images
 from PIL import Image
 
-from clipn.config import load_config
-from clipn.evaluate import evaluate
-from clipn.methods import METHODS
+from clipn.config.loading import load_config
+from clipn.evaluation.evaluate import evaluate
+from clipn.methods.registry import METHODS
 
 WORDS = "noun\tship\nnoun\tviolin\nnoun\tcloud\nadj\tred\nadj\tquiet\n"
 

@@ -8,9 +8,9 @@ import torch
 from conftest import architecture
 
 import clipn
-from clipn.base import build_base, context_length
-from clipn.checkpoint import read_checkpoint, write_checkpoint
-from clipn.model import CLIPN
+from clipn.model.base import build_base, context_length
+from clipn.model.checkpoint import read_checkpoint, write_checkpoint
+from clipn.model.clipn import CLIPN
 
 TEXTS = ["a photo of a red apple", "dog", "a long caption of a city at night with many many lights and cars in it all"]
 

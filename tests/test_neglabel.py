@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clipn
-from clipn.neglabel import (
+from clipn.methods.negatives import (
     CSP,
     NEGLABEL,
     POOLS,

@@ -12,9 +12,10 @@ from helpers import files, write_images
 
 import clipn
 from clipn import onnx_export
-from clipn.images import open_image, val_transform
-from clipn.onnx_export import OUTPUTS, Judge, compare, export_onnx
-from clipn.share import open_model, share_weights
+from clipn.data.images import open_image, val_transform
+from clipn.deploy.onnx import OUTPUTS, OnnxModel, compare, export_onnx
+from clipn.deploy.sharing import share_weights
+from clipn.model.weights import open_model
 from scripts import export
 
 for package in ("onnx", "onnxscript"):
@@ -36,7 +37,7 @@ def head_of(model, names=NAMES):
 
 def torchs(model, head, images):
     with torch.no_grad():
-        return Judge(model, head)(images)
+        return OnnxModel(model, head)(images)
 
 
 @pytest.fixture(scope="module", params=[("vit", {}, 2), ("resnet", RESNET, 0)], ids=lambda param: param[0])
@@ -103,10 +104,10 @@ def test_the_file_says_what_its_user_needs(exported):
 def test_the_check_finds_what_differs(exported):
     model, head, session = exported
     images = torch.randn(20, 3, 32, 32)
-    assert max(compare(session, Judge(model, head), images, batch_size=8).values()) < 1e-5
+    assert max(compare(session, OnnxModel(model, head), images, batch_size=8).values()) < 1e-5
     other = head_of(model, ["Käfer", "犬", "cat"])
-    assert compare(session, Judge(model, other), images)["cosine"] > 1e-3
-    assert compare(session, Judge(model, head), images * torch.nan)["cosine"] == torch.inf
+    assert compare(session, OnnxModel(model, other), images)["cosine"] > 1e-3
+    assert compare(session, OnnxModel(model, head), images * torch.nan)["cosine"] == torch.inf
 
     def changed(name, change):
         class Changed:
@@ -114,7 +115,7 @@ def test_the_check_finds_what_differs(exported):
                 values = dict(zip(OUTPUTS, session.run(names, feed), strict=True))
                 return list((values | {name: change(values[name])}).values())
 
-        return compare(Changed(), Judge(model, head), images)["score"]
+        return compare(Changed(), OnnxModel(model, head), images)["score"]
 
     assert changed("label", lambda label: (label + 1) % 3) == torch.inf
     assert changed("score_CTW", lambda score: score + 0.25) == pytest.approx(0.25, abs=1e-5)
@@ -158,9 +159,9 @@ def test_the_command_on_a_shared_file_with_large_weights(tmp_path, monkeypatch, 
     assert "on 50 images of" in told and f"done: {tmp_path}/new/a.onnx" in told
     assert files(tmp_path / "new") == ["a.onnx", "a.onnx.data"]
     model = open_model(tmp_path / "a.pt")
-    head = clipn.build_head(model, clipn.get_tokenizer(architecture()), NAMES, clipn.prompts.simple_templates())
+    head = clipn.build_head(model, clipn.get_tokenizer(architecture()), NAMES, clipn.data.prompts.simple_templates())
     images = torch.randn(3, 3, 32, 32)
-    assert max(compare(session_of(tmp_path / "new" / "a.onnx"), Judge(model, head), images).values()) < 1e-5
+    assert max(compare(session_of(tmp_path / "new" / "a.onnx"), OnnxModel(model, head), images).values()) < 1e-5
     with pytest.raises(FileNotFoundError, match="--check='nowhere': no such folder, or no image in it"):
         export.main([*words.split(), "--check", "nowhere"])
 

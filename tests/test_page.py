@@ -11,10 +11,10 @@ import pytest
 from helpers import set_scores, write_images
 from PIL import Image
 
-from clipn.image_sets import open_image_set
-from clipn.page import figure, gallery, page
-from clipn.report import write_report
-from clipn.tables import Table
+from clipn.data.image_sets import open_image_set
+from clipn.report.html import figure, gallery, page
+from clipn.report.tables import Table
+from clipn.report.write import write_report
 
 NASTY = '<script>alert("1")</script> & größe 日本'
 

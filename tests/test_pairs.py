@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers import captions, jpeg_bytes, messages, numbered_samples, png_header, read, spell, write_images, write_shard
 
-import clipn.pairs
-from clipn.config import Config, DataConfig
-from clipn.images import default_preprocess
-from clipn.pairs import CAUSES, EpochBatches, open_pairs, training_loader
+import clipn.data.pairs
+from clipn.config.schema import Config, DataConfig
+from clipn.data.images import default_preprocess
+from clipn.data.pairs import EpochBatches, open_pairs, training_loader
+from clipn.data.shards import CAUSES
 
 JPG = jpeg_bytes()
 HUGE = png_header(60_000, 60_000)  # a decompression bomb says so in its first bytes
@@ -67,7 +68,7 @@ def test_columns_of_any_name_are_told_in_one_line(tmp_path, settings):
 
 @pytest.mark.parametrize("name", ["", ".", "/", "a\0b", "a\nb", "x" * 5000, "1.png/x"], ids=lambda name: repr(name)[:8])
 def test_an_image_that_cannot_be_is_a_bad_pair_at_once(tmp_path, run, caplog, monkeypatch, name):
-    monkeypatch.setattr("clipn.storage.time.sleep", lambda seconds: pytest.fail("trying again does not help"))
+    monkeypatch.setattr("clipn.data.storage.time.sleep", lambda seconds: pytest.fail("trying again does not help"))
     write_images(tmp_path, "1.png")
     (tmp_path / "x.csv").write_text(f'filepath,title\n"{name}",n 0\n1.png,n 1\n')
     (batch,) = run(shards=str(tmp_path / "x.csv"), batch_size=2, epochs=1)[0]
@@ -151,8 +152,8 @@ def test_ranks_share_the_batch_of_one_process(monkeypatch, ranks):
     alone = order(num_pairs=26, available=26, batch_size=6, epochs=2, start=1)
     shares = []
     for rank in range(ranks):
-        monkeypatch.setattr(clipn.pairs, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(clipn.pairs, "world_size", lambda: ranks)
+        monkeypatch.setattr(clipn.data.pairs, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(clipn.data.pairs, "world_size", lambda: ranks)
         shares.append(order(num_pairs=26, available=26, batch_size=6, epochs=2, start=1))
     assert [sum(parts, []) for parts in zip(*shares, strict=True)] == alone
     assert all(len(part) == 6 // ranks for share in shares for part in share)
@@ -356,6 +357,6 @@ def test_a_batch_larger_than_the_epoch_is_told(run):
 
 
 def test_a_batch_that_ranks_cannot_share_is_told(run, monkeypatch):
-    monkeypatch.setattr(clipn.pairs, "world_size", lambda: 3)
+    monkeypatch.setattr(clipn.data.pairs, "world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"train\.batch_size=4 cannot be shared equally by 3 ranks"):
         run(batch_size=4)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import clipn
 from clipn.cli import main
-from clipn.predict import Row
+from clipn.deploy.folders import Row
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from helpers import files, image_bytes, md5, write_images, write_tar, write_zip
 
-from clipn.image_sets import open_image_set
-from clipn.known_sets import KNOWN_SETS
+from clipn.data.image_sets import open_image_set
+from clipn.data.known_sets import KNOWN_SETS
 from scripts.prepare_data import download, main, prepare, unpack
 
 PICTURE = image_bytes()

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import imagenet
 
-from clipn.image_sets import open_image_set
+from clipn.data.image_sets import open_image_set
 from scripts import prepare_data
 from scripts.prepare_data import main, prepare, read_mapping, sort_into_classes, unpack, write_class_folders
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 
-from clipn.prompts import (
+from clipn.data.prompts import (
     check_templates,
     clipn_release_templates,
     fill,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clipn.published import published_for
+from clipn.report.published import published_for
 
 MAIN_SETS = ["SUN", "iNaturalist", "places", "Texture"]
 

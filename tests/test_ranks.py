@@ -15,12 +15,12 @@ from conftest import write_clipn
 from helpers import numbered_samples, write_images, write_shard
 from test_train import ROOT, assert_same, weights
 
-from clipn.command import FAILED
-from clipn.config import load_config
-from clipn.evaluate import evaluate
-from clipn.interrupt import RESUME
-from clipn.run_folder import newest_checkpoint
-from clipn.train import train
+from clipn.config.loading import load_config
+from clipn.evaluation.evaluate import evaluate
+from clipn.runtime.console import FAILED
+from clipn.runtime.signals import RESUME
+from clipn.training.loop import train
+from clipn.training.run_folder import newest_checkpoint
 
 
 def start(ranks: int, *arguments: object) -> subprocess.Popen:

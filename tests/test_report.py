@@ -11,10 +11,10 @@ from helpers import set_scores, write_images
 from PIL import Image
 
 from clipn import report
-from clipn.evaluate import Evaluation, join
-from clipn.image_sets import open_image_set
+from clipn.data.image_sets import open_image_set
+from clipn.evaluation.results import Evaluation, join
 from clipn.metrics import bootstrap_interval, ood_metrics
-from clipn.report import ablation_table, bootstrap_intervals, decision_table, main_table, summary, write_report
+from clipn.report.write import ablation_table, bootstrap_intervals, decision_table, main_table, summary, write_report
 
 
 def result(ood_set, method, auroc, fpr95, seed=0, accuracy=0.5) -> dict:

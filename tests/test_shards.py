@@ -8,9 +8,9 @@ import tarfile
 import pytest
 from helpers import captions, image_bytes, jpeg_bytes, messages, numbered_samples, write_images, write_shard, write_tar
 
-import clipn.shard_index
-from clipn.pairs import BadPair, ShardPairs, open_pairs
-from clipn.shard_index import index_shards
+import clipn.data.shards
+from clipn.data.pairs import open_pairs
+from clipn.data.shards import BadPair, ShardPairs, index_shards
 
 JPG = jpeg_bytes()
 
@@ -268,7 +268,7 @@ def no_scan(monkeypatch):
         def _scan(path):
             raise AssertionError(f"{path} was scanned again")
 
-        monkeypatch.setattr(clipn.shard_index, "scan_shard", _scan)
+        monkeypatch.setattr(clipn.data.shards, "scan_shard", _scan)
 
         class _Inline:
             def __init__(self, *_):
@@ -283,7 +283,7 @@ def no_scan(monkeypatch):
             def map(self, function, items):
                 return map(function, items)
 
-        monkeypatch.setattr(clipn.shard_index, "ProcessPoolExecutor", _Inline)
+        monkeypatch.setattr(clipn.data.shards, "ProcessPoolExecutor", _Inline)
 
     return refuse
 

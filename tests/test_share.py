@@ -16,11 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import clipn
-from clipn.base import build_base
-from clipn.checkpoint import read_checkpoint, write_checkpoint
-from clipn.config import Config, DataConfig, EvalConfig, ModelConfig, RunConfig, to_dict
-from clipn.evaluate import RESULT_COLUMNS, evaluate
-from clipn.share import find_weights, open_model, restore_weights, share_weights
+from clipn.config.loading import to_dict
+from clipn.config.schema import Config, DataConfig, EvalConfig, ModelConfig, RunConfig
+from clipn.deploy.sharing import restore_weights, share_weights
+from clipn.evaluation.evaluate import evaluate
+from clipn.evaluation.results import RESULT_COLUMNS
+from clipn.model.base import build_base
+from clipn.model.checkpoint import read_checkpoint, write_checkpoint
+from clipn.model.weights import find_weights, open_model
 from scripts import export
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,7 +121,7 @@ def test_every_door_takes_a_shared_file(run, tmp_path):
 
 
 def test_an_evaluation_takes_a_shared_file(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipn.evaluate.write_report", lambda *arguments, **more: None)
+    monkeypatch.setattr("clipn.evaluation.evaluate.write_report", lambda *arguments, **more: None)
     share_weights(run, tmp_path / "shared")
     id_set = write_images(tmp_path / "in", *(f"{name}/{n}.png" for name in ("cat", "dog") for n in range(3)))
     ood = write_images(tmp_path / "out", *(f"{n}.png" for n in range(5)))

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from helpers import messages, numbered_samples, spell, write_shard
 
-import clipn.storage
-from clipn.config import Config, DataConfig
-from clipn.images import default_preprocess
-from clipn.pairs import CAUSES, BadPair, Pairs, open_pairs, training_loader
-from clipn.storage import expand_patterns, read_range, version_of
+import clipn.data.storage
+from clipn.config.schema import Config, DataConfig
+from clipn.data.images import default_preprocess
+from clipn.data.pairs import Pairs, open_pairs, training_loader
+from clipn.data.shards import CAUSES, BadPair
+from clipn.data.storage import expand_patterns, read_range, version_of
 
 # Patterns
 
@@ -120,7 +121,7 @@ def shards(server, tmp_path) -> list[Path]:
 def pauses(monkeypatch) -> list[float]:
     """The pauses between attempts, in no time."""
     made = []
-    monkeypatch.setattr("clipn.storage.time.sleep", made.append)
+    monkeypatch.setattr("clipn.data.storage.time.sleep", made.append)
     return made
 
 
@@ -161,8 +162,8 @@ def test_workers_read_urls_too(server, shards, settings):
 
 def test_a_shard_is_read_block_by_block(server, shards, settings, monkeypatch):
     expected = contents(settings(shards))
-    monkeypatch.setattr(clipn.storage, "BLOCK", 1000)
-    monkeypatch.setattr(clipn.storage, "TIMEOUT", 0.5)
+    monkeypatch.setattr(clipn.data.storage, "BLOCK", 1000)
+    monkeypatch.setattr(clipn.data.storage, "TIMEOUT", 0.5)
     server.faults = {"0.tar": repeat(0.05)}
     begin = time.monotonic()
     assert contents(settings(server.url("{0..1}.tar"))) == expected
@@ -220,7 +221,7 @@ def test_a_server_that_fails_is_no_missing_file(server, shards, settings, pauses
 
 
 def test_a_stalled_read_is_given_up_and_tried_again(server, shards, monkeypatch, pauses):
-    monkeypatch.setattr(clipn.storage, "TIMEOUT", 0.5)
+    monkeypatch.setattr(clipn.data.storage, "TIMEOUT", 0.5)
     server.faults["0.tar"] = iter([20.0])
     begin = time.monotonic()
     assert read_range(server.url("0.tar"), 5, 20) == shards[0].read_bytes()[5:25]
@@ -232,8 +233,8 @@ def test_a_pair_that_stays_unreadable_is_replaced_and_counted(server, shards, se
     data = settings(server.url("{0..1}.tar"))
     pairs = open_pairs(data)
     server.faults["1.tar"] = repeat(fault)
-    monkeypatch.setattr(clipn.storage, "TIMEOUT", 0.3)
-    monkeypatch.setattr(clipn.storage, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(clipn.data.storage, "TIMEOUT", 0.3)
+    monkeypatch.setattr(clipn.data.storage, "FIRST_PAUSE", 0.01)
     batch = first_batch(data, pairs)
     assert len(batch["number"]) == 7 and set(batch["number"].tolist()) == set(range(6))
     assert batch["skipped"].sum() == batch["skipped"].sum(dim=0)[CAUSES.index("unreadable file")] > 0
@@ -248,7 +249,7 @@ def test_a_file_that_ends_too_early_is_told(server, shards):
 
 def test_a_server_that_gives_no_parts_or_no_size_is_told(server, shards, settings, monkeypatch):
     server.ranges, url = False, server.url("0.tar")
-    monkeypatch.setattr(clipn.storage, "BLOCK", 1000)
+    monkeypatch.setattr(clipn.data.storage, "BLOCK", 1000)
     for read in (lambda: read_range(url, 512, 20), lambda: open_pairs(settings(url))):
         with pytest.raises(OSError, match=rf"{re.escape(url)}: the server ignores byte ranges"):
             read()
@@ -273,7 +274,7 @@ def test_a_local_disk_is_tried_again_too(shards, settings, monkeypatch, pauses):
             raise failure
         return open(*args)
 
-    monkeypatch.setattr(clipn.storage, "open", flaky, raising=False)
+    monkeypatch.setattr(clipn.data.storage, "open", flaky, raising=False)
     assert pairs[3].caption == "caption 3" and pauses == [0.5, 1]
     failures = repeat(OSError("disk"))
     with pytest.raises(BadPair, match=r"unreadable file: .*0\.tar: not readable in 4 attempts: OSError disk"):

@@ -7,8 +7,8 @@ from conftest import architecture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipn.base import build_base, get_tokenizer
-from clipn.text import ignores_padding, is_packable, pack, text_features
+from clipn.model.base import build_base, get_tokenizer
+from clipn.model.packed_text import ignores_padding, is_packable, pack, text_features
 
 START, END = 49406, 49407
 TEXTS = [

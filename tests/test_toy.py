@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipn.toy import ID_THINGS, NEAR_THINGS, make_toy
-from clipn.toy_shapes import SCENES, TEXTURES, THINGS
+from clipn.toy.generate import ID_THINGS, NEAR_THINGS, make_toy
+from clipn.toy.shapes import SCENES, TEXTURES, THINGS
 
 SMALL = {"num_pairs": 30, "images_per_class": 2, "workers": 1}
 CLASS_COUNTS = {"id": 24, "near": 24, "scenes": 8, "textures": 8, "digits": 10}

@@ -11,15 +11,14 @@ import torch
 from conftest import architecture, write_clipn
 from helpers import files, numbered_samples, write_shard
 
-import clipn.objectives
-import clipn.text
-from clipn.base import build_base
-from clipn.checkpoint import read_checkpoint, write_checkpoint
-from clipn.config import load_config
-from clipn.interrupt import Interrupted
-from clipn.optimizer import build_optimizer, learning_rate
-from clipn.run_folder import last_checkpoint
-from clipn.train import train
+import clipn.model.packed_text
+import clipn.training.objectives
+from clipn.config.loading import load_config
+from clipn.model.base import build_base
+from clipn.model.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
+from clipn.runtime.signals import Interrupted
+from clipn.training.loop import train
+from clipn.training.optimizer import build_optimizer, learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,7 +67,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(config_file, tmp_path, monkeypat
     more = [f"train.objective={objective}", "model.num_prompts=2"]
     straight = train(load_config(config_file, [*more, f"run.dir={tmp_path}/straight"]))
     config = load_config(config_file, more)
-    kind = clipn.objectives.OBJECTIVES[objective]
+    kind = clipn.training.objectives.OBJECTIVES[objective]
     after_step, taken = kind.after_step, []
 
     def stop_after(self):
@@ -90,7 +89,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(config_file, tmp_path, monkeypat
 def test_a_killed_run_loses_only_the_steps_after_its_checkpoint(config_file, tmp_path, monkeypatch):
     straight = train(load_config(config_file, [f"run.dir={tmp_path}/straight"]))
     config = load_config(config_file)
-    prepare, taken = clipn.objectives.ClipnObjective.prepare, []
+    prepare, taken = clipn.training.objectives.ClipnObjective.prepare, []
 
     def killed(self, batch, step):
         taken.append(step)
@@ -98,7 +97,7 @@ def test_a_killed_run_loses_only_the_steps_after_its_checkpoint(config_file, tmp
             raise MemoryError
         return prepare(self, batch, step)
 
-    monkeypatch.setattr(clipn.objectives.ClipnObjective, "prepare", killed)
+    monkeypatch.setattr(clipn.training.objectives.ClipnObjective, "prepare", killed)
     with pytest.raises(MemoryError):
         train(config)
     assert_same(weights(train(config)), weights(straight))
@@ -108,7 +107,7 @@ def test_a_killed_run_loses_only_the_steps_after_its_checkpoint(config_file, tmp
 def test_a_finished_run_trains_no_more(config_file, monkeypatch):
     config = load_config(config_file)
     train(config)
-    monkeypatch.setattr(clipn.objectives.ClipnObjective, "prepare", None)
+    monkeypatch.setattr(clipn.training.objectives.ClipnObjective, "prepare", None)
     assert train(config) == last_checkpoint(config.run.dir)
 
 
@@ -129,14 +128,14 @@ def test_another_run_in_the_folder_is_not_mixed_or_overwritten(config_file):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config_file, monkeypatch):
-    loss, taken = clipn.objectives.ClipnObjective.loss, []
+    loss, taken = clipn.training.objectives.ClipnObjective.loss, []
 
     def broken(self, trained, batch, rows):
         taken.append(rows)
         total, terms = loss(self, trained, batch, rows)
         return total * (float("nan") if len(taken) == 4 else 1), terms
 
-    monkeypatch.setattr(clipn.objectives.ClipnObjective, "loss", broken)
+    monkeypatch.setattr(clipn.training.objectives.ClipnObjective, "loss", broken)
     config = load_config(config_file)
     with pytest.raises(FloatingPointError, match=r"nan at step 4 of 6; the last good checkpoint is .*last\.pt"):
         train(config)
@@ -179,7 +178,7 @@ def test_weight_decay_spares_norms_biases_and_scalars():
 
 
 def load_config_defaults():
-    from clipn.config import TrainConfig
+    from clipn.config.schema import TrainConfig
 
     return TrainConfig(warmup_steps=10, lr=1.0)
 
@@ -209,8 +208,8 @@ def test_micro_batches_are_the_whole_batch(config_file, tmp_path, source, size):
 
 
 def test_a_micro_batch_is_all_that_a_tower_sees_at_once(config_file, monkeypatch):
-    sizes, read = [], clipn.objectives.text_features
-    for module in (clipn.model, clipn.objectives):
+    sizes, read = [], clipn.training.objectives.text_features
+    for module in (clipn.model.clipn, clipn.training.objectives):
         monkeypatch.setattr(module, "text_features", lambda *args: sizes.append(len(args[1])) or read(*args))
     train(load_config(config_file, ["train.micro_batch_size=4", "train.epochs=1"]))
     assert sizes == 3 * [4, 2, 4, 2], "the yes tower, and the no tower"
@@ -223,7 +222,7 @@ def test_recomputed_activations_give_the_same_weights(config_file, tmp_path, mon
     more = [f"model.pretrained={start}", "train.epochs=1"]
     straight = train(load_config(config_file, [*more, f"run.dir={tmp_path}/straight"]))
     calls, again = [], torch.utils.checkpoint.checkpoint
-    for module in (clipn.text, open_clip.transformer):
+    for module in (clipn.model.packed_text, open_clip.transformer):
         monkeypatch.setattr(module, "checkpoint", lambda *args, **more: calls.append(1) or again(*args, **more))
     recomputed = train(load_config(config_file, [*more, "train.grad_checkpointing=true"]))
     assert_same(weights(straight), weights(recomputed))

@@ -1,0 +1,1 @@
+"""The settings of a run: typed dataclasses, and the YAML loader."""

@@ -1,0 +1,213 @@
+"""Image sets: a folder of class folders, or a flat folder, as a named list of files with labels."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from clipn.data.images import IMAGE_SUFFIXES, Transform, open_image
+from clipn.data.known_sets import KNOWN_SETS, expected_tree, known_set
+from clipn.data.storage import with_retries
+
+_ENTRY_KEYS = {"path", "known", "classes", "exclude"}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A named list of image files; `labels` index `classes` (the class folders).
+
+    Both are empty for a folder that holds images itself. `left_out` are files that turned out to be unreadable.
+    """
+
+    name: str
+    root: Path
+    paths: list[Path]
+    labels: list[int]
+    classes: list[str]
+    left_out: list[Path] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def without(self, numbers: Sequence[int]) -> ImageSet:
+        """The set without these unreadable images."""
+        gone = set(numbers)
+        kept = [number for number in range(len(self)) if number not in gone]
+        labels = [self.labels[number] for number in kept] if self.labels else []
+        paths = [self.paths[number] for number in kept]
+        return replace(self, paths=paths, labels=labels, left_out=[self.paths[number] for number in sorted(gone)])
+
+
+def open_image_set(
+    name: str, root: str | Path, classes: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> ImageSet:
+    """List a folder's images. `classes` keeps only these class folders, `exclude` drops some.
+
+    Raises FileNotFoundError for a missing folder; ValueError for one without images, for an empty class folder, or
+    for a class that is not there.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"image set {name!r}: no such folder: {root}; expected {root}/<class>/<image>.jpg")
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    for asked in [*(classes or ()), *exclude]:
+        if asked not in folders:
+            raise ValueError(f"image set {name!r}: {root} has no class folder {asked!r}; it has: {_some(folders)}")
+    loose = any(_is_image(entry.name) for entry in root.iterdir())
+    if loose and (classes or exclude):
+        raise ValueError(f"image set {name!r}: {root} has images beside its class folders, so none can be chosen")
+    if loose or not folders:  # not sorted into classes: every image below, without labels
+        paths = sorted(find_images(root))
+        if not paths:
+            raise ValueError(f"image set {name!r}: no image in {root} ({', '.join(IMAGE_SUFFIXES)})")
+        return ImageSet(name, root, paths, [], [])
+    kept = [folder for folder in folders if (classes is None or folder in classes) and folder not in exclude]
+    paths, labels = [], []
+    for label, folder in enumerate(kept):
+        found = sorted(find_images(root / folder))
+        if not found:
+            raise ValueError(f"image set {name!r}: the class folder {root / folder} holds no image")
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise ValueError(f"image set {name!r}: no class folder of {root} is left; it has: {_some(folders)}")
+    return ImageSet(name, root, paths, labels, kept)
+
+
+def open_known_set(
+    name: str, known: str, root: str | Path, classes: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> ImageSet:
+    """`open_image_set` for one of `known_sets.KNOWN_SETS`, which has to be there whole.
+
+    Raises FileNotFoundError for a missing folder, ValueError for other numbers of images or class folders than were
+    published; both show the expected tree and where to get it.
+    """
+    published = known_set(known)
+    try:
+        images = open_image_set(name, root)
+        if published.classes and not images.classes:
+            raise ValueError(
+                f"image set {name!r}: the {len(images)} images in {root} are not sorted into class folders"
+            )
+        if published.subset:
+            images = open_image_set(name, root, published.subset)
+        folders = len(images.classes) if published.classes else None
+        if (len(images), folders) != (published.images, published.classes):
+            where = f" in {folders} class folders" if folders else ""
+            raise ValueError(f"image set {name!r}: found {len(images)} images{where} in {root}")
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{error}; {expected_tree(known, root)}") from error
+    if classes is None and not exclude:
+        return images
+    return open_image_set(name, root, images.classes if classes is None else classes, exclude)
+
+
+def open_image_sets(value: Any, key: str) -> list[ImageSet]:
+    """The image sets behind eval.id or eval.ood.
+
+    value: a folder, a list of folders, {name: folder}, or {name: {path, known, classes, exclude}}; a folder alone is
+    named after itself. Raises ValueError for anything else, and what `open_image_set` and `open_known_set` raise.
+    """
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, (list, tuple)) and value and all(isinstance(folder, str) and folder for folder in value):
+        value = dict(zip(_names_of(value, key), value, strict=True))
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{key}={value!r}: expected a folder, a list of folders, or name: folder entries")
+    sets = []
+    for name, entry in value.items():
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not entry.get("path") or entry.keys() - _ENTRY_KEYS:
+            raise ValueError(f"{key}.{name}={entry!r}: expected a folder, or path with known, classes or exclude")
+        classes, exclude = (_listed(entry.get(choice)) for choice in ("classes", "exclude"))
+        known = entry.get("known")
+        if known is None:
+            sets.append(open_image_set(str(name), entry["path"], classes, exclude or ()))
+        elif str(known) in KNOWN_SETS:
+            sets.append(open_known_set(str(name), str(known), entry["path"], classes, exclude or ()))
+        else:
+            raise ValueError(f"{key}.{name}.known={known!r}: expected one of {', '.join(KNOWN_SETS)}")
+    return sets
+
+
+BROKEN, UNREAD = 0, 1  # why an image is left out
+
+
+class ImageFiles(Dataset):
+    """Decodes and transforms the images of a set: index -> {"image": [3, H, W]}.
+
+    Or, in its place, BROKEN for what is no image, UNREAD for a file that cannot be read now.
+    """
+
+    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | int:
+        path = self.paths[index]
+        try:
+            content = with_retries(path.read_bytes, path)
+        except OSError as error:
+            log.warning("left out: %s cannot be read: %s", path, error)
+            return UNREAD
+        try:
+            return {"image": self.transform(open_image(content))}
+        except Exception as error:  # PIL raises many kinds
+            log.warning("left out: %s is no readable image: %s", path, error)
+            return BROKEN
+
+
+def _listed(value: Any) -> list[str] | None:
+    """A choice of class folders: one name, or a list of them."""
+    return None if value is None else [value] if isinstance(value, str) else [str(name) for name in value]
+
+
+def _names_of(folders: Sequence[str], key: str) -> list[str]:
+    """The folders' own names, with as many parents before them as tell them apart."""
+    for depth in range(1, max(len(Path(folder).parts) for folder in folders) + 1):
+        names = ["/".join(Path(folder).parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"{key}: the same folder is listed twice: {', '.join(folders)}")
+
+
+def find_images(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
+    """The image files in and below a folder, in order, but for hidden ones and those in the folder `leave_out`."""
+    seen = {_identity(leave_out)} if leave_out and leave_out.exists() else set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        identity = _identity(parent)
+        if identity in seen:
+            folders.clear()  # a link back, which has no end
+            continue
+        seen.add(identity)
+        visible = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(parent, name)), name))  # links last
+        for name in sorted(names):
+            if _is_image(name):
+                yield Path(parent) / name
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _some(names: Sequence[str], limit: int = 10) -> str:
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "none"

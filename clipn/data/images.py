@@ -1,0 +1,182 @@
+"""Images: bytes or files -> RGB pictures -> the tensors that a model was trained on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision import transforms
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+_NARROWEST = 1000  # long side by short side
+
+Transform = Callable[[Image.Image], Tensor]
+AnyImage = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor  # what `to_image` takes
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training image is varied. The defaults are the paper's: a mild crop and nothing else."""
+
+    crop_scale: Sequence[float] = (0.9, 1.0)  # share of the image's area
+    flip: float = 0.0  # probability
+    color_jitter: float = 0.0  # strength of brightness, contrast and saturation
+    erase: float = 0.0  # probability
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """Decode a file or a file's bytes to RGB: the first frame, upright as its EXIF data says, 8 bits a channel.
+
+    Raises OSError, ValueError or PIL's DecompressionBombError when it is no readable image.
+    """
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    with Image.open(source) as image:
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB: upright as its EXIF data says, 8 bits a channel.
+
+    Raises ValueError for one without pixels, or so narrow that it would fill the memory when its short side is resized.
+    """
+    if min(image.size) < 1 or max(image.size) > _NARROWEST * min(image.size):
+        raise ValueError(
+            f"{image.width} x {image.height} pixels: empty, or more than {_NARROWEST} times as long as wide"
+        )
+    upright = ImageOps.exif_transpose(image)  # a camera's pictures may lie on their side
+    if upright.mode[0] in "IF":  # 16 bits or a float a pixel, which PIL would clip, not scale
+        upright = _to_8_bits(upright)
+    return upright.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    if image.mode == "F" and values.max() <= 1:
+        values = values * 255
+    elif image.mode not in "IF" or values.max() > 255:
+        values = values / 256
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def to_image(image: AnyImage) -> Image.Image | Tensor:
+    """What users have, as an RGB picture; or as it is, if it is one already preprocessed.
+
+    Paths, a file's bytes and open files are decoded. Arrays are [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], of 0..255 in
+    uint8 or 0..1 in floats. Tensors are pixels [1 or 3, H, W] in uint8, or what `val_transform` made, in floats. URLs
+    are never fetched. Raises ValueError or FileNotFoundError, in one line, for what is no readable image.
+    """
+    if isinstance(image, Tensor):
+        return _pixels_of_tensor(image) if image.dtype == torch.uint8 else image
+    if isinstance(image, np.ndarray):
+        return _pixels_of_array(image)
+    if isinstance(image, str) and "://" in image:
+        raise ValueError(f"{image}: URLs are not fetched; download it, and give its path or bytes")
+    if isinstance(image, (str, Path)):
+        path, name = Path(image), str(image)
+        if not path.is_file():  # a pipe or a device may never end
+            kind = ValueError if path.exists() else FileNotFoundError
+            raise kind(f"{name}: {'not a file' if path.exists() else 'no such file'}")
+    elif isinstance(image, Image.Image):
+        name = "the PIL image given"
+    elif hasattr(image, "read"):
+        image, name = image.read(), "the file given"
+        if not isinstance(image, bytes):
+            raise ValueError(f"{name}: gives {type(image).__name__}, expected bytes; open it in binary mode")
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        image, name = bytes(image), "the bytes given"
+    else:
+        kinds = "a path, bytes, an open file, a PIL image, an array or a tensor"
+        raise ValueError(f"{type(image).__name__}: not an image; expected {kinds}")
+    try:
+        return to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: no image, or of an unknown format") from error
+    except Exception as error:  # PIL raises many kinds
+        reason = " ".join((str(error) or type(error).__name__).split())
+        raise ValueError(f"{name}: no readable image: {reason}") from error
+
+
+def is_one_image(images: Any) -> bool:
+    """Whether it is one image for `to_image`, and not many. Raises ValueError for what is neither."""
+    if isinstance(images, np.ndarray):
+        return images.ndim in (2, 3)
+    if isinstance(images, Tensor):
+        return images.ndim < 4
+    if isinstance(images, (str, Path, bytes, bytearray, memoryview, Image.Image)) or hasattr(images, "read"):
+        return True
+    if not isinstance(images, Iterable):
+        raise ValueError(f"{images!r}: expected an image, or a list or iterator of images")
+    return False
+
+
+def _pixels_of_array(array: np.ndarray) -> Image.Image:
+    grey = array.ndim == 2 or array.ndim == 3 and array.shape[2] == 1
+    if not array.size or not grey and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        raise ValueError(f"array of shape {list(array.shape)}: expected [height, width] or [height, width, 1, 3 or 4]")
+    if array.dtype == bool or array.dtype.kind == "f":
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"array of {array.dtype}: expected values of 0..1, or of 0..255 in uint8")
+        array = (array * 255.0).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"array of {array.dtype}: expected values of 0..255 in uint8, or of 0..1 in floats")
+    return Image.fromarray(array[..., 0] if grey and array.ndim == 3 else array).convert("RGB")
+
+
+def _pixels_of_tensor(pixels: Tensor) -> Image.Image:
+    if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or not pixels.numel():
+        raise ValueError(f"uint8 tensor of shape {list(pixels.shape)}: expected [1 or 3, height, width]")
+    return _pixels_of_array(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def train_transform(preprocess: dict, augmentation: Augmentation | None = None) -> Transform:
+    """RGB image -> random crop, normalised [3, H, W], with the statistics of `preprocess` (open_clip's dict)."""
+    cfg, augmentation = PreprocessCfg(**preprocess), augmentation or Augmentation()
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [transforms.RandomResizedCrop(cfg.size, scale=tuple(augmentation.crop_scale), interpolation=bicubic)]
+    if augmentation.flip:
+        steps.append(transforms.RandomHorizontalFlip(augmentation.flip))
+    if augmentation.color_jitter:
+        steps.append(transforms.ColorJitter(*[augmentation.color_jitter] * 3))
+    steps += [transforms.ToTensor(), transforms.Normalize(cfg.mean, cfg.std)]
+    if augmentation.erase:
+        steps.append(transforms.RandomErasing(augmentation.erase, scale=(0.02, 0.25)))
+    return transforms.Compose(steps)
+
+
+def val_transform(preprocess: dict) -> Transform:
+    """Image -> resized, centre-cropped, normalised [3, H, W]: open_clip's inference transform."""
+    return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+
+
+def merge_preprocess(own: dict, told: dict, source: str) -> dict:
+    """A tower's own preprocessing with what a checkpoint tells of its statistics and resizing.
+
+    Raises ValueError for unknown keys, impossible values, or a size that is not the tower's.
+    """
+    merged = {**own, **told}
+    try:
+        val_transform(merged)  # which open_clip refuses to build of what it does not know
+        mean, std = (np.array(merged[key], dtype=float) for key in ("mean", "std"))
+        ok = mean.shape == std.shape == (3,) and np.isfinite([mean, std]).all() and (std > 0).all()
+        ok = ok and np.all(np.array(merged["size"]) == np.array(own["size"]))
+    except (TypeError, ValueError, KeyError, AssertionError):
+        ok = False
+    if not ok:
+        expected = f"open_clip's keys, 3 means, 3 deviations above 0, and the tower's size {own['size']}"
+        raise ValueError(f"{source}: preprocess={told!r}: expected {expected}")
+    return merged
+
+
+def default_preprocess(image_size: int | Sequence[int]) -> dict:
+    """open_clip's preprocessing (OpenAI's statistics) for a model that says nothing of its own."""
+    return asdict(PreprocessCfg(size=image_size))

@@ -1,0 +1,1 @@
+"""Trained models in use: Detector, folders of images, sharing, ONNX."""

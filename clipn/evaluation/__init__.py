@@ -1,0 +1,1 @@
+"""Checkpoints on image sets: scores, metrics, decisions."""

@@ -1,0 +1,1 @@
+"""Outputs of the frozen towers, computed once and kept on disk."""

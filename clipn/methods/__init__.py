@@ -1,0 +1,1 @@
+"""OOD methods beside the logit scores in clipn.scores."""

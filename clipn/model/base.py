@@ -1,0 +1,142 @@
+"""The base CLIP: any open_clip model, by name, JSON config or checkpoint, and its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.pretrained import get_pretrained_cfg
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from torch import Tensor, nn
+
+from clipn.data.images import merge_preprocess
+from clipn.model.checkpoint import load_weights, published_name, read_checkpoint
+
+Architecture = dict[str, Any]  # an open_clip JSON model config: embed_dim, vision_cfg, text_cfg, ...
+
+
+def build_base(model_name: str | Architecture, pretrained: str | Path | None = None) -> tuple[nn.Module, Architecture]:
+    """An open_clip model with its text tower at `.text`, and the JSON config that describes it.
+
+    pretrained: an open_clip tag, a path to a plain CLIP checkpoint, or None for random weights.
+    """
+    architecture = find_architecture(model_name)
+    if pretrained is not None and Path(pretrained).is_file():
+        content = read_checkpoint(pretrained)
+        base = build_from_config(architecture, fetch_text=False)
+        told = content.get("preprocess") or {}
+        base.visual.preprocess_cfg = merge_preprocess(base.visual.preprocess_cfg, told, str(pretrained))
+        load_base(base, content["state_dict"], str(pretrained))
+    elif pretrained is not None:
+        base = _build_from_tag(model_name, str(pretrained), architecture)
+    elif isinstance(model_name, str) and model_name.startswith(("hf-hub:", "local-dir:")):
+        base = open_clip.create_model(model_name, force_custom_text=True)
+    else:
+        base = build_from_config(architecture, architecture["text_cfg"].get("hf_model_pretrained", True))
+    return base, architecture
+
+
+def find_architecture(model_name: str | Architecture) -> Architecture:
+    """The open_clip model config behind a built-in name, a JSON file or an `hf-hub:` / `local-dir:` name.
+
+    Raises FileNotFoundError for a missing file, ValueError for an unknown name or a file that is no model config.
+    """
+    if isinstance(model_name, dict):
+        return copy.deepcopy(model_name)
+    if str(model_name).endswith(".json"):
+        return _read_architecture(Path(model_name))
+    architecture = open_clip.get_model_config(model_name)
+    if architecture is None:
+        raise ValueError(
+            f"model {model_name!r} is unknown: expected a path ending in .json, or one of open_clip's names: "
+            + ", ".join(open_clip.list_models())
+        )
+    return architecture
+
+
+def context_length(architecture: Architecture) -> int:
+    """The number of tokens that this model's tokenizer makes of a text."""
+    return architecture["text_cfg"].get("context_length", 77)
+
+
+def get_tokenizer(model_name: str | Architecture) -> Callable[[str | list[str]], Tensor]:
+    """The tokenizer of a model: texts -> [B, context_length] int64. Takes what `create_model_and_transforms` takes."""
+    if isinstance(model_name, str) and not model_name.endswith(".json"):
+        find_architecture(model_name)  # open_clip would answer an unknown name with some tokenizer
+        return open_clip.get_tokenizer(model_name)
+    text = find_architecture(model_name)["text_cfg"]
+    options = dict(text.get("tokenizer_kwargs") or {}, context_length=text.get("context_length", 77))
+    if text.get("hf_tokenizer_name"):
+        try:
+            return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
+        except OSError as error:  # many lines of transformers'
+            raise OSError(f"tokenizer {text['hf_tokenizer_name']!r}: {str(error).splitlines()[0]}") from error
+    return SimpleTokenizer(**options)
+
+
+def load_base(base: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Copy a flat state_dict, all of it, into an open_clip model. Raises ValueError as `load_weights` does."""
+    load_weights(base, state, {name: published_name(name) for name in base.state_dict()}, source)
+
+
+def _read_architecture(path: Path) -> Architecture:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such model config file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    architecture = content.get("model_cfg", content) if isinstance(content, dict) else {}
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in architecture]
+    if missing:
+        raise ValueError(f"{path}: not an open_clip model config: {', '.join(missing)} is missing")
+    return architecture
+
+
+def _build_from_tag(model_name: str | Architecture, tag: str, architecture: Architecture) -> nn.Module:
+    tags = [] if isinstance(model_name, dict) else open_clip.list_pretrained_tags_by_model(model_name)
+    if tag not in tags:
+        raise ValueError(
+            f"pretrained={tag!r}: no such file, and no open_clip tag of {model_name!r}; its tags are: "
+            + (", ".join(tags) or "none")
+        )
+    # The weights decide the activation: open_clip only warns when the name says otherwise.
+    if get_pretrained_cfg(model_name, tag).get("quick_gelu"):
+        architecture["quick_gelu"] = True
+    quick_gelu = architecture.get("quick_gelu", False)
+    try:
+        return open_clip.create_model(model_name, tag, force_custom_text=True, force_quick_gelu=quick_gelu)
+    except RuntimeError as error:  # open_clip's word for a failed download
+        raise OSError(f"pretrained={tag!r} of {model_name!r}: {str(error).splitlines()[0]}") from error
+
+
+def build_from_config(architecture: Architecture, fetch_text: bool) -> nn.Module:
+    # open_clip reads a config that is not its own only from a folder.
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture}))
+        try:
+            return open_clip.create_model(
+                f"local-dir:{folder}", load_weights=False, force_custom_text=True, pretrained_text=fetch_text
+            )
+        except (TypeError, KeyError, AssertionError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"not a model that open_clip can build: {reason}; its config: {architecture}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence open_clip's word that a model has no weights yet: they are loaded next, or random on purpose."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,211 @@
+"""CLIPN: a frozen open_clip model plus a "no" text tower with learnable prompts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import TextTransformer
+from torch import Tensor, nn
+
+from clipn.data.images import Transform, merge_preprocess, train_transform, val_transform
+from clipn.model.base import Architecture, build_base, build_from_config, context_length, find_architecture, load_base
+from clipn.model.checkpoint import (
+    PROMPTS,
+    base_hash,
+    base_weights,
+    is_clipn,
+    load_weights,
+    published_name,
+    read_checkpoint,
+)
+from clipn.model.packed_text import compile_text, is_standard, text_features, token_embedding
+
+
+class NoTextTower(nn.Module):
+    """The "no" text tower: a full copy of a text tower, and P prompts that are added to its input embeddings.
+
+    prompts: [P, context_length, width], zero at the start (CLIPN, section 3.2), or None for P = 0.
+    """
+
+    def __init__(self, text: nn.Module, num_prompts: int, context_length: int) -> None:
+        super().__init__()
+        self.tower = copy.deepcopy(text).requires_grad_(True)
+        self.num_prompts = num_prompts
+        width = token_embedding(self.tower).embedding_dim
+        prompts = nn.Parameter(torch.zeros(num_prompts, context_length, width)) if num_prompts else None
+        self.register_parameter("prompts", prompts)
+
+    def forward(self, tokens: Tensor, choice: Tensor | None = None) -> Tensor:
+        """tokens [B, L] -> features [B, D], float32, L2-normalised.
+
+        choice: [B] integers in 0..P, the prompt that each caption gets; P, and None for all, is the mean prompt.
+        """
+        if self.prompts is None:
+            return text_features(self.tower, tokens)
+        mean = self.prompts.mean(dim=0, keepdim=True)
+        if choice is None:
+            return text_features(self.tower, tokens, mean)
+        return text_features(self.tower, tokens, torch.cat([self.prompts, mean]), choice)
+
+    def recompute_activations(self) -> None:
+        """Trade time for memory: keep each block's input only. Raises ValueError for a tower that cannot."""
+        if isinstance(self.tower, TextTransformer) and not is_standard(self.tower):
+            raise ValueError("train.grad_checkpointing: open_clip cannot recompute this text tower's blocks")
+        self.tower.set_grad_checkpointing(True)
+
+
+class CLIPN(nn.Module):
+    """Image tower, text tower and temperature of a frozen base CLIP, and the no tower beside them.
+
+    All features are [B, D], float32, L2-normalised.
+    """
+
+    def __init__(self, base: nn.Module, num_prompts: int, architecture: Architecture) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.architecture = architecture
+        self.no_text = NoTextTower(base.text, num_prompts, context_length(architecture))
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """The log of the temperature s."""
+        return self.base.logit_scale
+
+    @property
+    def num_prompts(self) -> int:
+        return self.no_text.num_prompts
+
+    @property
+    def preprocess(self) -> dict:
+        """open_clip's description of the image preprocessing: size, mean, std, interpolation, resize_mode, ..."""
+        return self.base.visual.preprocess_cfg
+
+    def set_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        """Normalise images with these three means and deviations; None keeps what the checkpoint said."""
+        given = {"mean": mean, "std": std}
+        self.preprocess.update({key: tuple(value) for key, value in given.items() if value is not None})
+
+    def train(self, mode: bool = True) -> CLIPN:
+        """Only the no tower ever trains: the base keeps its batch statistics and drops nothing."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] normalised images -> [B, D]."""
+        images = images.to(next(self.base.visual.parameters()).dtype)  # a model in half precision
+        return F.normalize(self.base.encode_image(images, normalize=False).float(), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """[B, L] token ids -> [B, D] by the "yes" tower."""
+        return text_features(self.base.text, tokens)
+
+    def encode_no_text(self, tokens: Tensor, choice: Tensor | None = None) -> Tensor:
+        """[B, L] token ids -> [B, D] by the "no" tower, with the mean prompt unless `choice` says otherwise."""
+        return self.no_text(tokens, choice)
+
+    def compile_towers(self) -> None:
+        """torch.compile what a training step runs: the image tower, and the parts of the text towers that gain."""
+        self.base.visual.compile()
+        for tower in (self.base.text, self.no_text.tower):
+            compile_text(tower)
+
+    def published_names(self) -> dict[str, str]:
+        """Each key of this module's state_dict -> its name in the published layout."""
+        return {name: published_name(name) for name in self.state_dict()}
+
+    def published_state(self) -> dict[str, Tensor]:
+        """The weights under the published layout's names."""
+        names = self.published_names()
+        return {names[name]: value for name, value in self.state_dict().items()}
+
+
+def create_model_and_transforms(
+    model_name: str | Architecture,
+    pretrained: str | Path | None = None,
+    num_prompts: int = 16,
+    device: str | torch.device = "cpu",
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    base: str | Path | None = None,
+) -> tuple[CLIPN, Transform, Transform]:
+    """Build a CLIPN and its image transforms (training, validation).
+
+    model_name: an open_clip name, a path to a JSON model config, or such a config as a dict.
+    pretrained: an open_clip tag, or a path to a CLIPN or plain CLIP checkpoint. From a CLIPN checkpoint come the no
+        tower and the number of prompts; from a plain CLIP the no tower is a copy of the text tower. None leaves the
+        base random, as open_clip does.
+    image_mean, image_std: for a checkpoint that does not carry its own statistics.
+    base: for a shared file, which holds the no tower alone: its base CLIP, as in `load_model`.
+
+    Raises ValueError or FileNotFoundError for unknown names and for files that do not fit.
+    """
+    if pretrained is not None and Path(pretrained).is_file():
+        model = load_model(read_checkpoint(pretrained), str(pretrained), model_name, num_prompts, base)
+    else:
+        clip, architecture = build_base(model_name, pretrained)
+        model = CLIPN(clip, num_prompts, architecture)
+    model.set_statistics(image_mean, image_std)
+    model.to(device).eval()
+    return model, train_transform(model.preprocess), val_transform(model.preprocess)
+
+
+def load_model(
+    content: dict[str, Any],
+    source: str,
+    model_name: str | Architecture,
+    num_prompts: int = 16,
+    base: str | Path | None = None,
+) -> CLIPN:
+    """A CLIPN from a checkpoint that has been read, and `source`, its name for messages.
+
+    A CLIPN checkpoint decides the number of prompts; a plain CLIP gets `num_prompts` of them, and a no tower that is a
+    copy of its text tower. base: for a shared file, an open_clip tag or a checkpoint with the base CLIP; by default
+    the tag that the file names. Raises ValueError for weights that do not fit the model, and for another base.
+    """
+    architecture = find_architecture(model_name)
+    if (content.get("architecture") or {}).get("quick_gelu"):
+        architecture["quick_gelu"] = True  # the weights decide the activation, not the name
+    clipn = is_clipn(content["state_dict"])
+    if clipn and not base_weights(content["state_dict"]):
+        content = _with_base(content, source, model_name, base)
+    state = content["state_dict"]
+    saved = ((content.get("config") or {}).get("model") or {}).get("num_prompts", 0)
+    if clipn and (state[PROMPTS].ndim != 3 if PROMPTS in state else saved):
+        raise ValueError(f"{source}: {PROMPTS} is missing or not of the shape [prompts, context, width]")
+    clip = build_from_config(architecture, fetch_text=False)
+    clip.visual.preprocess_cfg = merge_preprocess(clip.visual.preprocess_cfg, content.get("preprocess") or {}, source)
+    if not clipn:
+        load_base(clip, state, source)
+    model = CLIPN(clip, len(state.get(PROMPTS, ())) if clipn else num_prompts, architecture)
+    if clipn:
+        load_weights(model, state, model.published_names(), source)
+    return model
+
+
+def _with_base(
+    content: dict[str, Any], source: str, model_name: str | Architecture, base: str | Path | None
+) -> dict[str, Any]:
+    """A shared file's content with the weights of its base beside its own. Raises ValueError for another base."""
+    name, tag, sha256 = content.get("model_name") or model_name, content.get("pretrained"), content.get("base_sha256")
+    own = f"{name} {tag}" if tag else f"the CLIP of SHA-256 {str(sha256)[:12]}"
+    base = str(base or tag or "")
+    if Path(base).is_file():
+        found = read_checkpoint(base)
+    elif base and isinstance(name, str):
+        clip, _ = build_base(base) if base.startswith("hf-hub:") else build_base(name, base)
+        state = {published_name(key): value for key, value in clip.state_dict().items()}
+        found = {"state_dict": state, "preprocess": dict(clip.visual.preprocess_cfg)}
+    else:
+        why = f"base={base!r} is no such file" if base else "it holds the no tower alone"
+        raise FileNotFoundError(f"{source}: {why}; give a checkpoint of {own} as base")
+    weights = base_weights(found["state_dict"])
+    if sha256 and base_hash(weights) != sha256:
+        raise ValueError(f"{source}: belongs to {own}; base={base!r} holds other weights")
+    preprocess = content.get("preprocess") or found.get("preprocess")
+    return content | {"state_dict": weights | content["state_dict"], "preprocess": preprocess}

@@ -1,0 +1,1 @@
+"""What every command needs: ranks and devices, signals, atomic files, the terminal."""

@@ -1,0 +1,1 @@
+"""The built-in world of drawn images, and the photos beside it."""

@@ -1,0 +1,260 @@
+"""Paints the built-in world's pictures: things on pale backgrounds, scenes and textures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from clipn.toy.shapes import COLOURS, SCENES, TEXTURES, THINGS, WITHOUT_ARTICLE
+
+OVERSAMPLING = 3  # pictures are drawn this many times larger, then averaged down, for smooth edges
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A thing as it stands in one picture: the size of its box and its centre in picture sides, its tilt in degrees."""
+
+    name: str
+    colour: str
+    size: float
+    tilt: float
+    centre: np.ndarray
+
+
+def pick(rng: np.random.Generator, choices: list[str]) -> str:
+    return choices[rng.integers(len(choices))]
+
+
+def with_article(words: str) -> str:
+    if words.split()[-1] in WITHOUT_ARTICLE:
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+# --- painting, on a canvas whose side is OVERSAMPLING times that of the picture ---
+
+
+@cache
+def _coordinates(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of every pixel, float32 [side, side] in [-0.5, 0.5]."""
+    steps = np.linspace(-0.5, 0.5, side, dtype=np.float32)
+    return tuple(np.meshgrid(steps, steps))
+
+
+def _clouds(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Slow noise, float32 [side, side], roughly in [0, 1]."""
+    coarse = Image.fromarray(rng.random((5, 5), dtype=np.float32))
+    return np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _blend(weight: np.ndarray, first: np.ndarray, second: np.ndarray) -> Image.Image:
+    """A canvas with the first colour [3] where the weight [side, side] is 0, the second where it is 1."""
+    first, second = first.astype(np.float32), second.astype(np.float32)
+    return to_image(first + weight[..., None].astype(np.float32) * (second - first))
+
+
+def _jitter(rng: np.random.Generator, colour: tuple[int, int, int], spread: float = 15) -> np.ndarray:
+    return np.clip(np.array(colour) + rng.uniform(-spread, spread, 3), 0, 255)
+
+
+def _texture(rng: np.random.Generator, name: str, side: int) -> np.ndarray:
+    """The texture's strength, [side, side] in [0, 1], at a random scale, turn and shift."""
+    x, y = _coordinates(side)
+    turn = rng.normal(0, 0.25) + rng.integers(2) * math.pi / 2
+    periods, shift = rng.uniform(3, 6), rng.uniform(0, 10, 2)
+    u = (periods * (math.cos(turn) * x + math.sin(turn) * y) + shift[0]).astype(np.float32)
+    v = (periods * (math.cos(turn) * y - math.sin(turn) * x) + shift[1]).astype(np.float32)
+    return TEXTURES[name](u, v, _clouds(rng, side))
+
+
+def _background(rng: np.random.Generator, side: int) -> tuple[Image.Image, str]:
+    """A pale canvas, plain or with a faint pattern, and how a caption may call it."""
+    first = rng.uniform(205, 255, 3)
+    second = first - rng.uniform(10, 35)
+    kind = rng.random()
+    if kind < 0.3:
+        return _blend(np.zeros((side, side)), first, second), "a plain background"
+    if kind < 0.5:
+        return _blend(_clouds(rng, side), first, second), "a pale background"
+    if kind < 0.65:
+        x, y = _coordinates(side)
+        return _blend(0.5 + x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1), first, second), "a pale background"
+    name = pick(rng, list(TEXTURES))
+    return _blend(_texture(rng, name, side), first, second), f"a pale background with {with_article(name)}"
+
+
+def _shade(main: np.ndarray, role: str) -> tuple[int, ...]:
+    shades = {"main": main, "dark": main * 0.4, "light": main + (255 - main) * 0.65}
+    return tuple(int(value) for value in shades[role])
+
+
+def _paint_thing(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, thing: Thing) -> None:
+    """Draws a thing, mirrored half the time and a little stretched."""
+    main = _jitter(rng, COLOURS[thing.colour])
+    tilt, stretch = math.radians(thing.tilt), math.exp(rng.normal(0, 0.08))
+    width, height = rng.choice([-1, 1]) * stretch, 1 / stretch
+    scale = thing.size * side / 100
+    to_canvas = scale * np.array(
+        [[math.cos(tilt) * width, math.sin(tilt) * width], [-math.sin(tilt) * height, math.cos(tilt) * height]]
+    )
+    for mark in THINGS[thing.name]:
+        points = ((mark.points - 50) @ to_canvas + thing.centre * side).ravel().tolist()
+        if mark.width:
+            draw.line(points, _shade(main, mark.role), width=max(1, round(mark.width * scale)), joint="curve")
+        else:
+            draw.polygon(points, _shade(main, mark.role))
+
+
+def _paint_spots(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int) -> None:
+    """A few small gray spots: clutter that is no thing."""
+    for _ in range(rng.integers(2, 6)):
+        (x, y), radius = rng.uniform(0, side, 2), rng.uniform(0.015, 0.04) * side
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(int(rng.integers(120, 200)),) * 3)
+
+
+def _finish(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
+    """The picture at its final size, with some sensor noise."""
+    pixels = np.asarray(canvas.reduce(OVERSAMPLING), dtype=np.float32)
+    return to_image(pixels + rng.uniform(0, 6) * rng.standard_normal(pixels.shape, dtype=np.float32))
+
+
+# --- the layers of a scene: each painter's upper edge lies about `level` picture sides below the top ---
+
+
+def _ground(draw: ImageDraw.ImageDraw, side: int, edge: np.ndarray, fill: tuple[int, ...]) -> None:
+    """Fills all that lies below an edge, given from left to right in picture sides below the top."""
+    outline = zip(np.linspace(0, side, len(edge)).tolist(), (edge * side).tolist(), strict=True)
+    draw.polygon([(0, side), *outline, (side, side)], fill)
+
+
+def _plain(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+    _ground(draw, side, np.array([level, level]), fill)
+
+
+def _hills(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+    phase = np.linspace(0, rng.uniform(4, 9), 40) + rng.uniform(0, 6)
+    _ground(draw, side, level + rng.uniform(0.02, 0.06) * np.sin(phase), fill)
+
+
+def _peaks(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+    heights = rng.uniform(0.03, 0.2, rng.integers(6, 10))
+    heights[rng.integers(2) :: 2] *= -1
+    _ground(draw, side, level - heights, fill)
+
+
+def _firs(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+    for x in (np.arange(0, 1.1, 0.11) + rng.uniform(-0.04, 0.04, 10)).tolist():
+        top, half = level + rng.uniform(-0.12, 0.05), rng.uniform(0.08, 0.12)
+        corners = [(x, top), (x - half, top + 0.5), (x + half, top + 0.5)]
+        draw.polygon([(a * side, b * side) for a, b in corners], fill)
+    _plain(rng, draw, side, level + 0.4, fill)
+
+
+def _towers(
+    rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]
+) -> None:
+    left = -rng.uniform(0, 0.1)
+    while left < 1:
+        width, top = rng.uniform(0.12, 0.22), level + rng.uniform(-0.18, 0.18)
+        draw.rectangle((left * side, top * side, (left + width) * side, side), fill)
+        for y in np.arange(top + 0.04, 1, 0.08):
+            for x in np.arange(left + 0.03, left + width - 0.04, 0.06):
+                if rng.random() < 0.5:
+                    draw.rectangle((x * side, y * side, (x + 0.03) * side, (y + 0.035) * side), (250, 220, 120))
+        left += width + rng.uniform(0, 0.05)
+
+
+def _swell(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+    for _ in range(30):
+        depth = rng.uniform(0.03, 1)
+        x, y, half = rng.uniform(0, 1), level + depth * (1 - level), 0.03 + 0.1 * depth
+        draw.line(
+            ((x - half) * side, y * side, (x + half) * side, y * side), fill, width=1 + round(0.02 * depth * side)
+        )
+
+
+def _flakes(
+    rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]
+) -> None:
+    radius = 0.015 * side
+    for x, y in rng.uniform(0, side, (rng.integers(10, 40), 2)).tolist():
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
+
+
+def _sun(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+    x, radius = rng.uniform(0.2, 0.8), rng.uniform(0.12, 0.2)
+    draw.ellipse([value * side for value in (x - radius, level - radius, x + radius, level + radius)], fill)
+
+
+LAYERS = {
+    "plain": _plain,
+    "hills": _hills,
+    "peaks": _peaks,
+    "firs": _firs,
+    "towers": _towers,
+    "swell": _swell,
+    "flakes": _flakes,
+    "sun": _sun,
+}
+
+
+# --- whole pictures ---
+
+
+def _arrange(rng: np.random.Generator, names: list[str]) -> list[Thing]:
+    """One thing anywhere, or a larger and a smaller one on opposite sides."""
+    if len(names) == 1:
+        sizes = [rng.uniform(0.45, 0.95)]
+        centres = [0.5 + rng.uniform(-0.5, 0.5, 2) * (1 - sizes[0])]
+    else:
+        sizes = [rng.uniform(0.45, 0.6), rng.uniform(0.3, 0.4)]
+        angle = rng.uniform(0, 2 * math.pi)
+        direction = np.array([math.cos(angle), math.sin(angle)])
+        centres = [0.5 + 0.21 * direction, 0.5 - 0.32 * direction]
+    return [
+        Thing(name, pick(rng, list(COLOURS)), size, float(np.clip(rng.normal(0, 12), -30, 30)), centre)
+        for name, size, centre in zip(names, sizes, centres, strict=True)
+    ]
+
+
+def thing_picture(rng: np.random.Generator, names: list[str], image_size: int) -> tuple[Image.Image, list[Thing], str]:
+    """A picture of one or two things, with the things and the words for the background that a caption may use."""
+    side = image_size * OVERSAMPLING
+    canvas, background = _background(rng, side)
+    draw = ImageDraw.Draw(canvas)
+    if rng.random() < 0.15:
+        _paint_spots(rng, draw, side)
+    things = _arrange(rng, names)
+    for thing in things:
+        _paint_thing(rng, draw, side, thing)
+    return _finish(rng, canvas), things, background
+
+
+def scene_picture(rng: np.random.Generator, name: str, image_size: int) -> Image.Image:
+    side = image_size * OVERSAMPLING
+    scene = SCENES[name]
+    fade = _coordinates(side)[1] + 0.5
+    canvas = _blend(fade, _jitter(rng, scene.top), _jitter(rng, scene.bottom))
+    draw = ImageDraw.Draw(canvas)
+    shift = rng.uniform(-0.08, 0.08)
+    for painter, level, colour in scene.layers:
+        LAYERS[painter](rng, draw, side, level + shift, tuple(_jitter(rng, colour).astype(int).tolist()))
+    return _finish(rng, canvas)
+
+
+def texture_picture(rng: np.random.Generator, name: str, image_size: int) -> tuple[Image.Image, str]:
+    """A texture of a colour on white or on another colour, and the names of both."""
+    first, second = rng.choice(list(COLOURS), 2, replace=False).tolist()
+    ground = _jitter(rng, COLOURS[second])
+    if rng.random() < 0.4:
+        second, ground = "white", rng.uniform(230, 255, 3)
+    strength = _texture(rng, name, image_size * OVERSAMPLING)
+    return _finish(rng, _blend(strength, ground, _jitter(rng, COLOURS[first]))), f"{first} and {second}"

@@ -1,0 +1,39 @@
+"""Real photos: a folder of archives with one folder per class, unpacked once, and scikit-learn's digits beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+from clipn.toy.generate import write_digits
+
+MARKER = "photos.json"  # written last: a folder without it is not whole
+
+
+def unpack_photos(source: str | Path, root: str | Path, image_size: int = 32) -> Path:
+    """Unpack every *_test.tar and *_val.tar of `source` into `root`, one folder per archive, and write root/digits.
+
+    The archives hold <name>/<class>/<image>. Raises FileNotFoundError when `source` has no such archive, ValueError
+    when `root` was unpacked from something else.
+    """
+    source, root = Path(source), Path(root)
+    archives = sorted([*source.glob("*_test.tar"), *source.glob("*_val.tar")])
+    if not archives:
+        raise FileNotFoundError(f"world.source={str(source)!r}: no such folder, or no *_test.tar or *_val.tar in it")
+    content = {archive.name: archive.stat().st_size for archive in archives}
+    marker = root / MARKER
+    if marker.is_file():
+        if json.loads(marker.read_text(encoding="utf-8")) != content:
+            raise ValueError(f"{root} was unpacked from other archives than {source}'s; delete it, or set world.root")
+        return root
+    root.mkdir(parents=True, exist_ok=True)
+    for archive in archives:
+        with tarfile.open(archive) as tar:
+            tar.extractall(root, filter="data")
+    write_digits(root / "digits", image_size, images_per_class=50, seed=0)
+    partial = marker.with_suffix(".partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, marker)
+    return root

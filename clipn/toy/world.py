@@ -1,0 +1,21 @@
+"""The data that a config asks to have made or unpacked first."""
+
+from __future__ import annotations
+
+from clipn.config.schema import WorldConfig
+from clipn.runtime.distributed import barrier, is_main
+from clipn.toy.generate import make_toy
+from clipn.toy.photos import unpack_photos
+
+
+def make_world(world: WorldConfig) -> None:
+    """Make `world.name` in `world.root`, unless it is there already; nothing for `name: null`.
+
+    Under many ranks rank 0 does the work, and the others wait. Raises ValueError where world.root holds something else,
+    FileNotFoundError where world.source does not exist.
+    """
+    if world.name == "toy" and is_main():
+        make_toy(world.root, world.num_pairs, world.images_per_class, world.seed, world.image_size)
+    elif world.name == "photos" and is_main():
+        unpack_photos(world.source, world.root)
+    barrier()

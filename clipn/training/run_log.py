@@ -1,0 +1,56 @@
+"""What a run tells while it trains: metrics.jsonl, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from clipn.runtime.files import atomic_write
+
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    SummaryWriter = None
+
+
+class RunLog:
+    """A line per logged step in metrics.jsonl in the run's folder, and the same numbers in its folder tensorboard.
+
+    What a killed run wrote of steps after `step`, where it goes on, is dropped: they are taken again.
+    """
+
+    def __init__(self, folder: str | Path, step: int) -> None:
+        self.file = metrics_file(folder)
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        with atomic_write(self.file) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+        self.board = SummaryWriter(Path(folder) / "tensorboard", purge_step=step + 1) if SummaryWriter else None
+
+    def write(self, line: dict[str, Any]) -> None:
+        broken = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
+        line = line | broken  # JSON has no infinity
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in line.items():
+                for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if name != "step" and number is not None:
+                        self.board.add_scalar(f"{name}/{part}" if part else name, number, line["step"])
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
+
+def metrics_file(folder: str | Path) -> Path:
+    return Path(folder) / "metrics.jsonl"
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line that was cut off by the kill
+        return math.inf
