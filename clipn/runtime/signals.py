@@ -7,17 +7,41 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 # Exit codes of what was stopped on request.
 RESUME = 75  # the same command goes on
 STOPPED = 130  # the same command begins anew
 
+STALL_GRACE = 3.0  # seconds that a read may still take after a stop request
+
 _asked: list[int] = []  # the signals that have come, outside of training
+_stop_time = RawValue("d", 0.0)  # time.monotonic() of the first stop request, 0 if none; shared with worker processes
 
 
 class Interrupted(Exception):
     """The run was asked to stop (SIGINT or SIGTERM) and has written a checkpoint to go on from."""
+
+
+class StalledRead(Exception):
+    """A stop request ended a read that takes too long to wait for."""
+
+
+def end_stalled_read() -> None:
+    """Raise StalledRead when a stop was requested more than STALL_GRACE seconds ago, also in a worker process."""
+    if _stop_time.value and time.monotonic() - _stop_time.value > STALL_GRACE:
+        raise StalledRead("a read stalls after a stop request")
+
+
+def share_stop(stop_time: Any) -> None:
+    """Use the main process's time of the stop request: for start methods that do not fork."""
+    global _stop_time
+    _stop_time = stop_time
+
+
+def _note_stop() -> None:
+    _stop_time.value = _stop_time.value or time.monotonic()
 
 
 @contextmanager
@@ -32,6 +56,7 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
         elif not stop:
+            _note_stop()
             stop.append(number)
             since.append(time.monotonic())
 
@@ -39,6 +64,7 @@ def stop_signals() -> Iterator[list[int]]:
     try:
         yield stop
     finally:
+        _stop_time.value = 0.0
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -57,6 +83,7 @@ def stop_if_asked() -> None:
 
 def _raise(number: int, frame: Any) -> None:
     _asked.append(number)
+    _note_stop()
     raise KeyboardInterrupt
 
 
