@@ -1,4 +1,4 @@
-"""The how-tos and the README's Python, run as they stand."""
+"""The documentation: its code blocks run as they stand, its links lead somewhere, and its file tree is complete."""
 
 import os
 import re
@@ -13,12 +13,13 @@ import torch
 from clipn.pipeline import run_training
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder in which the built-in run has been made, in small."""
+    """A folder in which a small version of the built-in run has been made."""
     folder = tmp_path_factory.mktemp("docs")
     before, threads = os.getcwd(), torch.get_num_threads()
     os.chdir(folder)
@@ -26,31 +27,35 @@ def workplace(tmp_path_factory):
     run_training("toy", [*small.split(), "data.workers=0", "run.device=cpu", f"data.index_dir={folder}/index"])
     os.chdir(before)
     torch.set_num_threads(threads)
+    (folder / "configs").symlink_to(ROOT / "configs")
     return folder
 
 
 @pytest.fixture
 def run(workplace, tmp_path, monkeypatch):
-    """Runs a page's blocks in order: a text that opens with a file's name is written there, the rest is run."""
-    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
+    """Runs the blocks of a page in order. A block that opens with a file name is written to that file instead.
+
+    `clipn` commands run in this process: they are tested as processes elsewhere.
+    """
+    shutil.copytree(workplace, tmp_path, dirs_exist_ok=True, symlinks=True)
     clipn = tmp_path / "bin" / "clipn"
     clipn.parent.mkdir()
     clipn.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m clipn "$@"\n')
     clipn.chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    more = {"PATH": f"{clipn.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PATH": f"{clipn.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
 
     def _run(blocks):
-        program = {}  # a page's Python is one program
+        program = {}  # the Python blocks of a page are one program
         for kind, text in blocks:
             named = re.match(r"# (\S+\.\w+)\n", text)
             if named:
-                Path(named[1]).write_text(text if kind else text[named.end() :])
+                Path(named[1]).write_text(text)
             if kind == "python":
-                exec(compile(text, "a page's Python", "exec"), program)
+                exec(compile(text, "a Python block", "exec"), program)
             elif kind == "sh":
                 command = ["sh", "-e", "-c", text]
-                done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, timeout=300)
+                done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
                 assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
         return program
 
@@ -63,7 +68,7 @@ def blocks(path):
 
 def test_own_classes(run, capsys):
     run(blocks("docs/own_classes.md"))
-    rows = Path("verdicts.csv").read_text().splitlines()
+    rows = Path("predictions.csv").read_text().splitlines()
     assert rows[0] == "file,label,is_ood,score,p_yes,p_no,error" and len(rows) == 1 + 2 * 4
     assert "show none of the classes" in capsys.readouterr().out
 
@@ -72,6 +77,7 @@ def test_own_pairs(run):
     run(blocks("docs/own_pairs.md"))
     for name in ("own", "own_slower"):
         assert Path("runs", name, "report.html").is_file()
+    assert Path("own_weights", "README.md").is_file()
 
 
 def test_choosing_a_score(run):
@@ -80,25 +86,64 @@ def test_choosing_a_score(run):
     assert set(program["results"]["method"]) == {"MSP", "MaxLogit", "Energy", "MCM", "CTW", "ATD"}
 
 
-def test_the_python_of_the_readme(run, capsys):
-    Path("configs").symlink_to(ROOT / "configs")
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Use it in Python\n")[2]
-    found = [text for kind, text in _BLOCK.findall(section.partition("### Behind a server")[0]) if kind == "python"]
-    assert len(found) == 2
-    run([("python", text) for text in found])
-    shown = capsys.readouterr().out.splitlines()
-    assert len(shown) == 3 and shown[0].split()[0] in ("key", "fish", "drum") and shown[2].startswith("ID score:")
+def test_the_python_of_readme_and_api(run, capsys):
+    run([block for block in blocks("README.md") if block[0] == "python"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].split()[0] in ("key", "fish", "drum")
+    run([block for block in blocks("docs/api.md") if "create_model" in block[1]])
+    assert capsys.readouterr().out.startswith("ID score:")
 
 
-def test_the_server_of_the_readme(run):
+def test_the_server(run):
     testclient = pytest.importorskip("fastapi.testclient")
     pytest.importorskip("multipart")
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Behind a server\n")[2]
-    kind, text = _BLOCK.search(section).groups()
-    assert len(text.splitlines()) < 15
-    with testclient.TestClient(run([(kind, text)])["app"]) as client:
-        picture = Path("runs/toy/world/id/key/0000.jpg").read_bytes()
-        told = client.post("/judge", files={"picture": picture}).json()
-        assert told["label"] in ("key", "fish", "drum") and isinstance(told["is_ood"], bool) and 0 <= told["score"] <= 1
-        broken = client.post("/judge", files={"picture": b"no picture"})
+    server = [block for block in blocks("docs/deploy.md") if "FastAPI()" in block[1]]
+    with testclient.TestClient(run(server)["app"]) as client:
+        image = Path("runs/toy/world/id/key/0000.jpg").read_bytes()
+        answer = client.post("/predict", files={"image": image}).json()
+        assert answer["label"] in ("key", "fish", "drum")
+        assert isinstance(answer["is_ood"], bool) and 0 <= answer["score"] <= 1
+        broken = client.post("/predict", files={"image": b"no image"})
         assert broken.status_code == 422 and "unknown format" in broken.text
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    def anchors(page):
+        headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
+
+
+def test_architecture_names_every_module():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = _BLOCK.search(page)[2]
+    named, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if name.endswith("/"):
+            folder = name
+        elif name.endswith((".py", ".yaml", ".j2")):
+            named.add((folder if line.startswith(" ") else "") + name)
+    package = ROOT / "clipn"
+    files = {
+        str(path.relative_to(package))
+        for suffix in ("py", "yaml", "j2")
+        for path in package.glob(f"**/*.{suffix}")
+        if path.name != "__init__.py" and "configs" not in path.parts
+    }
+    assert named == files, f"only in the page: {named - files}; missing there: {files - named}"
+
+
+def test_the_readme_is_short_and_names_no_removed_script():
+    assert (ROOT / "README.md").stat().st_size <= 9000
+    for page in PAGES:
+        for script in re.findall(r"(?:scripts|tests/drills)/\w+\.\w+", page.read_text(encoding="utf-8")):
+            assert (ROOT / script).is_file(), f"{page.name}: {script}"
