@@ -1,4 +1,4 @@
-"""The data that a config asks to have made or unpacked first."""
+"""Makes the data that a config's `world` section names: the built-in world or unpacked photos."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clipn.toy.photos import unpack_photos
 
 
 def make_world(world: WorldConfig) -> None:
-    """Make `world.name` in `world.root`, unless it is there already; nothing for `name: null`.
+    """Make `world.name` in `world.root`, unless it exists; do nothing for `name: null`.
 
     Under many ranks rank 0 does the work, and the others wait. Raises ValueError where world.root holds something else,
     FileNotFoundError where world.source does not exist.

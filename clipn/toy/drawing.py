@@ -1,4 +1,4 @@
-"""Paints the built-in world's pictures: things on pale backgrounds, scenes and textures."""
+"""Draws the images of the built-in world: things on pale backgrounds, scenes and textures."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from numpy.random import Generator
+from PIL import Image
+from PIL.ImageDraw import Draw, ImageDraw
 
-from clipn.toy.shapes import COLOURS, SCENES, TEXTURES, THINGS, WITHOUT_ARTICLE
+from clipn.toy.shapes import COLOURS, SCENES, TEXTURES, THINGS, Colour, with_article
 
-OVERSAMPLING = 3  # pictures are drawn this many times larger, then averaged down, for smooth edges
+OVERSAMPLING = 3  # canvases are this many times larger than the image, then averaged down, for smooth edges
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing as it stands in one picture: the size of its box and its centre in picture sides, its tilt in degrees."""
+    """A thing as drawn in one image: size of its box and centre in fractions of the image side, tilt in degrees."""
 
     name: str
     colour: str
@@ -25,17 +27,14 @@ class Thing:
     centre: np.ndarray
 
 
-def pick(rng: np.random.Generator, choices: list[str]) -> str:
+def pick(rng: Generator, choices: list[str]) -> str:
+    """One of the choices, each with the same probability."""
     return choices[rng.integers(len(choices))]
 
 
-def with_article(words: str) -> str:
-    if words.split()[-1] in WITHOUT_ARTICLE:
-        return words
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-# --- painting, on a canvas whose side is OVERSAMPLING times that of the picture ---
+def pixels_to_image(pixels: np.ndarray) -> Image.Image:
+    """An image of these values, clipped to 0..255."""
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 @cache
@@ -45,28 +44,24 @@ def _coordinates(side: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.meshgrid(steps, steps))
 
 
-def _clouds(rng: np.random.Generator, side: int) -> np.ndarray:
+def _clouds(rng: Generator, side: int) -> np.ndarray:
     """Slow noise, float32 [side, side], roughly in [0, 1]."""
     coarse = Image.fromarray(rng.random((5, 5), dtype=np.float32))
     return np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
 
 
-def to_image(pixels: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-
-
 def _blend(weight: np.ndarray, first: np.ndarray, second: np.ndarray) -> Image.Image:
     """A canvas with the first colour [3] where the weight [side, side] is 0, the second where it is 1."""
     first, second = first.astype(np.float32), second.astype(np.float32)
-    return to_image(first + weight[..., None].astype(np.float32) * (second - first))
+    return pixels_to_image(first + weight[..., None].astype(np.float32) * (second - first))
 
 
-def _jitter(rng: np.random.Generator, colour: tuple[int, int, int], spread: float = 15) -> np.ndarray:
+def _jitter(rng: Generator, colour: Colour, spread: float = 15) -> np.ndarray:
     return np.clip(np.array(colour) + rng.uniform(-spread, spread, 3), 0, 255)
 
 
-def _texture(rng: np.random.Generator, name: str, side: int) -> np.ndarray:
-    """The texture's strength, [side, side] in [0, 1], at a random scale, turn and shift."""
+def _texture(rng: Generator, name: str, side: int) -> np.ndarray:
+    """The texture's strength, [side, side] in [0, 1], at a random scale, rotation and shift."""
     x, y = _coordinates(side)
     turn = rng.normal(0, 0.25) + rng.integers(2) * math.pi / 2
     periods, shift = rng.uniform(3, 6), rng.uniform(0, 10, 2)
@@ -75,8 +70,8 @@ def _texture(rng: np.random.Generator, name: str, side: int) -> np.ndarray:
     return TEXTURES[name](u, v, _clouds(rng, side))
 
 
-def _background(rng: np.random.Generator, side: int) -> tuple[Image.Image, str]:
-    """A pale canvas, plain or with a faint pattern, and how a caption may call it."""
+def _background(rng: Generator, side: int) -> tuple[Image.Image, str]:
+    """A pale canvas, plain or with a faint pattern, and its description in captions."""
     first = rng.uniform(205, 255, 3)
     second = first - rng.uniform(10, 35)
     kind = rng.random()
@@ -91,14 +86,14 @@ def _background(rng: np.random.Generator, side: int) -> tuple[Image.Image, str]:
     return _blend(_texture(rng, name, side), first, second), f"a pale background with {with_article(name)}"
 
 
-def _shade(main: np.ndarray, role: str) -> tuple[int, ...]:
-    shades = {"main": main, "dark": main * 0.4, "light": main + (255 - main) * 0.65}
-    return tuple(int(value) for value in shades[role])
+def _shaded(colour: np.ndarray, shade: str) -> Colour:
+    shades = {"main": colour, "dark": colour * 0.4, "light": colour + (255 - colour) * 0.65}
+    return tuple(int(value) for value in shades[shade])
 
 
-def _paint_thing(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, thing: Thing) -> None:
+def _draw_thing(rng: Generator, draw: ImageDraw, side: int, thing: Thing) -> None:
     """Draws a thing, mirrored half the time and a little stretched."""
-    main = _jitter(rng, COLOURS[thing.colour])
+    colour = _jitter(rng, COLOURS[thing.colour])
     tilt, stretch = math.radians(thing.tilt), math.exp(rng.normal(0, 0.08))
     width, height = rng.choice([-1, 1]) * stretch, 1 / stretch
     scale = thing.size * side / 100
@@ -108,49 +103,49 @@ def _paint_thing(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int,
     for mark in THINGS[thing.name]:
         points = ((mark.points - 50) @ to_canvas + thing.centre * side).ravel().tolist()
         if mark.width:
-            draw.line(points, _shade(main, mark.role), width=max(1, round(mark.width * scale)), joint="curve")
+            draw.line(points, _shaded(colour, mark.shade), width=max(1, round(mark.width * scale)), joint="curve")
         else:
-            draw.polygon(points, _shade(main, mark.role))
+            draw.polygon(points, _shaded(colour, mark.shade))
 
 
-def _paint_spots(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int) -> None:
-    """A few small gray spots: clutter that is no thing."""
+def _draw_spots(rng: Generator, draw: ImageDraw, side: int) -> None:
+    """Draws a few small gray spots as clutter."""
     for _ in range(rng.integers(2, 6)):
         (x, y), radius = rng.uniform(0, side, 2), rng.uniform(0.015, 0.04) * side
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(int(rng.integers(120, 200)),) * 3)
 
 
-def _finish(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
-    """The picture at its final size, with some sensor noise."""
+def _finish(rng: Generator, canvas: Image.Image) -> Image.Image:
+    """The image at its final size, with some sensor noise."""
     pixels = np.asarray(canvas.reduce(OVERSAMPLING), dtype=np.float32)
-    return to_image(pixels + rng.uniform(0, 6) * rng.standard_normal(pixels.shape, dtype=np.float32))
+    return pixels_to_image(pixels + rng.uniform(0, 6) * rng.standard_normal(pixels.shape, dtype=np.float32))
 
 
-# --- the layers of a scene: each painter's upper edge lies about `level` picture sides below the top ---
+# --- scene layers: the upper edge lies about `level` image sides below the top ---
 
 
-def _ground(draw: ImageDraw.ImageDraw, side: int, edge: np.ndarray, fill: tuple[int, ...]) -> None:
-    """Fills all that lies below an edge, given from left to right in picture sides below the top."""
+def _ground(draw: ImageDraw, side: int, edge: np.ndarray, fill: Colour) -> None:
+    """Fills everything below an edge, whose points run from left to right in image sides below the top."""
     outline = zip(np.linspace(0, side, len(edge)).tolist(), (edge * side).tolist(), strict=True)
     draw.polygon([(0, side), *outline, (side, side)], fill)
 
 
-def _plain(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+def _plain(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
     _ground(draw, side, np.array([level, level]), fill)
 
 
-def _hills(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+def _hills(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
     phase = np.linspace(0, rng.uniform(4, 9), 40) + rng.uniform(0, 6)
     _ground(draw, side, level + rng.uniform(0.02, 0.06) * np.sin(phase), fill)
 
 
-def _peaks(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+def _peaks(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
     heights = rng.uniform(0.03, 0.2, rng.integers(6, 10))
     heights[rng.integers(2) :: 2] *= -1
     _ground(draw, side, level - heights, fill)
 
 
-def _firs(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+def _firs(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
     for x in (np.arange(0, 1.1, 0.11) + rng.uniform(-0.04, 0.04, 10)).tolist():
         top, half = level + rng.uniform(-0.12, 0.05), rng.uniform(0.08, 0.12)
         corners = [(x, top), (x - half, top + 0.5), (x + half, top + 0.5)]
@@ -158,9 +153,7 @@ def _firs(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level:
     _plain(rng, draw, side, level + 0.4, fill)
 
 
-def _towers(
-    rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]
-) -> None:
+def _towers(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
     left = -rng.uniform(0, 0.1)
     while left < 1:
         width, top = rng.uniform(0.12, 0.22), level + rng.uniform(-0.18, 0.18)
@@ -172,44 +165,34 @@ def _towers(
         left += width + rng.uniform(0, 0.05)
 
 
-def _swell(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+def _swell(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
     for _ in range(30):
         depth = rng.uniform(0.03, 1)
         x, y, half = rng.uniform(0, 1), level + depth * (1 - level), 0.03 + 0.1 * depth
-        draw.line(
-            ((x - half) * side, y * side, (x + half) * side, y * side), fill, width=1 + round(0.02 * depth * side)
-        )
+        ends = ((x - half) * side, y * side, (x + half) * side, y * side)
+        draw.line(ends, fill, width=1 + round(0.02 * depth * side))
 
 
-def _flakes(
-    rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]
-) -> None:
+def _flakes(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
     radius = 0.015 * side
     for x, y in rng.uniform(0, side, (rng.integers(10, 40), 2)).tolist():
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
 
 
-def _sun(rng: np.random.Generator, draw: ImageDraw.ImageDraw, side: int, level: float, fill: tuple[int, ...]) -> None:
+def _sun(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
     x, radius = rng.uniform(0.2, 0.8), rng.uniform(0.12, 0.2)
     draw.ellipse([value * side for value in (x - radius, level - radius, x + radius, level + radius)], fill)
 
 
-LAYERS = {
-    "plain": _plain,
-    "hills": _hills,
-    "peaks": _peaks,
-    "firs": _firs,
-    "towers": _towers,
-    "swell": _swell,
-    "flakes": _flakes,
-    "sun": _sun,
-}
+_LAYERS = dict(
+    plain=_plain, hills=_hills, peaks=_peaks, firs=_firs, towers=_towers, swell=_swell, flakes=_flakes, sun=_sun
+)
 
 
-# --- whole pictures ---
+# --- whole images ---
 
 
-def _arrange(rng: np.random.Generator, names: list[str]) -> list[Thing]:
+def _arrange(rng: Generator, names: list[str]) -> list[Thing]:
     """One thing anywhere, or a larger and a smaller one on opposite sides."""
     if len(names) == 1:
         sizes = [rng.uniform(0.45, 0.95)]
@@ -225,33 +208,34 @@ def _arrange(rng: np.random.Generator, names: list[str]) -> list[Thing]:
     ]
 
 
-def thing_picture(rng: np.random.Generator, names: list[str], image_size: int) -> tuple[Image.Image, list[Thing], str]:
-    """A picture of one or two things, with the things and the words for the background that a caption may use."""
+def draw_things(rng: Generator, names: list[str], image_size: int) -> tuple[Image.Image, list[Thing], str]:
+    """An image of one or two things, the things, and the description of the background."""
     side = image_size * OVERSAMPLING
     canvas, background = _background(rng, side)
-    draw = ImageDraw.Draw(canvas)
+    draw = Draw(canvas)
     if rng.random() < 0.15:
-        _paint_spots(rng, draw, side)
+        _draw_spots(rng, draw, side)
     things = _arrange(rng, names)
     for thing in things:
-        _paint_thing(rng, draw, side, thing)
+        _draw_thing(rng, draw, side, thing)
     return _finish(rng, canvas), things, background
 
 
-def scene_picture(rng: np.random.Generator, name: str, image_size: int) -> Image.Image:
+def draw_scene(rng: Generator, name: str, image_size: int) -> Image.Image:
+    """An image of a scene."""
     side = image_size * OVERSAMPLING
     scene = SCENES[name]
     fade = _coordinates(side)[1] + 0.5
     canvas = _blend(fade, _jitter(rng, scene.top), _jitter(rng, scene.bottom))
-    draw = ImageDraw.Draw(canvas)
+    draw = Draw(canvas)
     shift = rng.uniform(-0.08, 0.08)
     for painter, level, colour in scene.layers:
-        LAYERS[painter](rng, draw, side, level + shift, tuple(_jitter(rng, colour).astype(int).tolist()))
+        _LAYERS[painter](rng, draw, side, level + shift, tuple(_jitter(rng, colour).astype(int).tolist()))
     return _finish(rng, canvas)
 
 
-def texture_picture(rng: np.random.Generator, name: str, image_size: int) -> tuple[Image.Image, str]:
-    """A texture of a colour on white or on another colour, and the names of both."""
+def draw_texture(rng: Generator, name: str, image_size: int) -> tuple[Image.Image, str]:
+    """An image of a texture in one colour on white or on another colour, and the names of both colours."""
     first, second = rng.choice(list(COLOURS), 2, replace=False).tolist()
     ground = _jitter(rng, COLOURS[second])
     if rng.random() < 0.4:
