@@ -1,4 +1,4 @@
-"""What the tests share: small models, and the golden files where they are there."""
+"""What the tests share: small models, test servers and the golden model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import http.server
 import json
 import logging
+import lzma
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from clipn.model.clipn import CLIPN
 
 torch.set_num_threads(1)
 
-GOLDEN = Path(__file__).resolve().parent.parent.parent / "shared" / "golden"
+GOLDEN = Path(__file__).resolve().parent / "golden"
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"  # optional: real photos beside the project
 
 VISION = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -143,11 +145,11 @@ def small_config(tmp_path) -> str:
 
 
 @pytest.fixture(scope="session")
-def golden() -> dict:
-    """The golden model's files, texts and expected values; skipped where they are absent."""
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden files (shared/golden beside the project) are not here")
+def golden(tmp_path_factory) -> dict:
+    """The paths, texts and expected values of the golden model; see golden/README.md."""
+    checkpoint = tmp_path_factory.mktemp("golden") / "epoch_1.pt"
+    checkpoint.write_bytes(lzma.decompress((GOLDEN / "epoch_1.pt.xz").read_bytes()))
     expected = json.loads((GOLDEN / "expected.json").read_text())
     with np.load(GOLDEN / "expected.npz") as arrays:
         expected["arrays"] = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    return expected | {"config": str(GOLDEN / "model_config.json"), "checkpoint": str(GOLDEN / "epoch_1.pt")}
+    return expected | {"config": str(GOLDEN / "model_config.json"), "checkpoint": str(checkpoint)}

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import GOLDEN, write_clipn
+from conftest import SHARED, write_clipn
 from helpers import image_bytes, write_images
 
 from clipn.demo.app import build_demo, start
@@ -20,7 +20,7 @@ pytest.importorskip("gradio", reason="Gradio, an extra, is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PHOTOS = GOLDEN.parent / "data" / "photos" / "cifar10_test.tar"
+PHOTOS = SHARED / "data" / "photos" / "cifar10_test.tar"
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is installed")
 

@@ -1,10 +1,11 @@
-"""Every figure of the golden model, which the published code computed: to 1e-4 relative."""
+"""The golden model: every value agrees with the published code to 1e-4 relative."""
 
 import pytest
 import torch
 
 import clipn
 from clipn.metrics import ood_metrics
+from clipn.model.checkpoint import published_name
 from clipn.scores import SCORES
 
 
@@ -18,9 +19,9 @@ def head(golden, model):
     return clipn.build_head(model, clipn.get_tokenizer(golden["config"]), golden["classes"], golden["prompts"])
 
 
-def close(found, expected):
+def assert_close(actual, expected):
     scale = float(torch.as_tensor(expected).abs().max())
-    torch.testing.assert_close(torch.as_tensor(found).detach(), expected, rtol=1e-4, atol=1e-4 * scale)
+    torch.testing.assert_close(torch.as_tensor(actual).detach(), expected, rtol=1e-4, atol=1e-4 * scale)
 
 
 def features(golden, model):
@@ -36,8 +37,8 @@ def test_tokens(golden):
 
 def test_features(golden, model):
     names = ("image_features", "yes_features", "no_features")
-    for name, found in zip(names, features(golden, model), strict=True):
-        close(found, golden["arrays"][name])
+    for name, actual in zip(names, features(golden, model), strict=True):
+        assert_close(actual, golden["arrays"][name])
 
 
 def test_losses_and_gradients(golden, model):
@@ -47,28 +48,27 @@ def test_losses_and_gradients(golden, model):
     tso = clipn.losses.tso_loss(yes, no)
     total = 0.5 * (itbo_yes + itbo_no + tso)
     assert float(scale) == pytest.approx(golden["logit_scale"], rel=1e-4)
-    found = {"itbo_yes": itbo_yes, "itbo_no": itbo_no, "tso": tso, "total": total}
-    assert {name: float(value.detach()) for name, value in found.items()} == pytest.approx(golden["losses"], rel=1e-4)
+    losses = {"itbo_yes": itbo_yes, "itbo_no": itbo_no, "tso": tso, "total": total}
+    assert {name: float(value.detach()) for name, value in losses.items()} == pytest.approx(golden["losses"], rel=1e-4)
     model.zero_grad()
     total.backward()
-    names = model.published_names()
-    gradients = {names[name]: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {published_name(name): p.grad for name, p in model.named_parameters() if p.grad is not None}
     expected = {key[5:]: value for key, value in golden["arrays"].items() if key.startswith("grad:")}
     assert gradients.keys() == expected.keys() | {"token_embedding_no.weight"}
     for name, value in expected.items():
-        close(gradients[name], value)
+        assert_close(gradients[name], value)
 
 
 def test_head_scores_and_metrics(golden, model, head):
     arrays = golden["arrays"]
-    close(head.weight_yes, arrays["weight_yes"])
-    close(head.weight_no, arrays["weight_no"])
+    assert_close(head.weight_yes, arrays["weight_yes"])
+    assert_close(head.weight_no, arrays["weight_no"])
     with torch.no_grad():
         id_logits = head(model.encode_image(arrays["id_images"].float()), scale=100.0)
         ood_logits = head(model.encode_image(arrays["ood_images"].float()), scale=100.0)
     for method, expected in golden["metrics"].items():
         id_scores, ood_scores = SCORES[method](*id_logits), SCORES[method](*ood_logits)
-        close(id_scores, arrays[f"id:{method}"])
-        close(ood_scores, arrays[f"ood:{method}"])
-        found = ood_metrics(id_scores, ood_scores)
-        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+        assert_close(id_scores, arrays[f"id:{method}"])
+        assert_close(ood_scores, arrays[f"ood:{method}"])
+        metrics = ood_metrics(id_scores, ood_scores)
+        assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-4)
