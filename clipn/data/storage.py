@@ -1,22 +1,21 @@
-"""Files on this machine or behind a URL (https, s3, gs, ... by fsspec), read in parts and with patience."""
+"""Reads of files on this machine or behind a URL (https, s3, gs, ... by fsspec), with retries and a time limit."""
 
 from __future__ import annotations
 
 import errno
-import functools
 import glob
 import io
-import itertools
-import os
-import queue
-import re
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
+from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+from braceexpand import braceexpand
+
+from clipn.runtime.signals import StalledRead, end_stalled_read
 
 Location = Path | str  # a local path, or a URL
 
@@ -25,7 +24,11 @@ FIRST_PAUSE = 0.5  # seconds between attempts, doubled each time
 TIMEOUT = 60.0  # seconds that a read from a URL may stall
 BLOCK = 5 * 2**20  # bytes that a stream from a URL reads at once
 
-_LASTING = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)  # faults of the path or place, not of the disk
+_POLL = 0.2  # seconds between two looks for a stop request
+_VERSION_KEYS = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "updated")
+# Errors of the path, the place or the request, which a retry repeats.
+_LASTING_ERRORS = (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, StalledRead)
+_LASTING_CODES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 T = TypeVar("T")
 
@@ -40,34 +43,39 @@ def name_of(path: Location) -> str:
 
 
 def version_of(path: Location) -> tuple[int, str]:
-    """The size in bytes, and something that changes when the file does. Raises FileNotFoundError or OSError."""
+    """The size in bytes, and a text that changes when the file does. Raises FileNotFoundError or OSError."""
     if not is_url(path):
         stat = Path(path).stat()
         return stat.st_size, str(stat.st_mtime_ns)
-    info = with_retries(lambda: _info(path), path)
+    files, name = fsspec.core.url_to_fs(path)
+    info = with_retries(lambda: _info(files, name), path)
     if info.get("size") is None:
         raise OSError(f"{path}: the server does not say how large it is")
-    keys = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "updated")
-    return int(info["size"]), " ".join(str(info[key]) for key in keys if info.get(key))
+    return int(info["size"]), " ".join(str(info[key]) for key in _VERSION_KEYS if info.get(key))
 
 
 def read_range(path: Location, start: int, size: int) -> bytes:
-    """`size` bytes from `start`. Raises OSError when they cannot be read, after some attempts, or are not there."""
-    found = with_retries(lambda: _read(path, int(start), int(size)), path)
-    if len(found) > size:
+    """`size` bytes from `start`. Raises OSError when they stay unreadable, or are not there."""
+    start, size = int(start), int(size)
+    if is_url(path):
+        files, name = fsspec.core.url_to_fs(path)  # in this thread: fsspec connects anew for each thread that asks
+        content = with_retries(lambda: files.cat_file(name, start=start, end=start + size), path)
+    else:
+        content = with_retries(lambda: _read_local(path, start, size), path)
+    if len(content) > size:
         raise OSError(f"{path}: the server ignores byte ranges; copy its files to this machine")
-    if len(found) < size:
-        raise OSError(f"{path}: ends {size - len(found)} bytes too early")
-    return found
+    if len(content) < size:
+        raise OSError(f"{path}: ends {size - len(content)} bytes too early")
+    return content
 
 
 def open_stream(path: Location) -> BinaryIO:
-    """The whole file, to be read from the start; of a URL each block as with_retries as by `read_range`."""
+    """The whole file as a stream; a URL is read in blocks, each as by `read_range`."""
     return io.BufferedReader(_Blocks(path), BLOCK) if is_url(path) else open(path, "rb")
 
 
 class _Blocks(io.RawIOBase):
-    """A file behind a URL, as io.BufferedReader reads one."""
+    """The raw stream behind a URL, for io.BufferedReader."""
 
     def __init__(self, path: str) -> None:
         self.path, self.size, self.place = path, version_of(path)[0], 0
@@ -90,39 +98,46 @@ class _Blocks(io.RawIOBase):
 
 
 def with_retries(read: Callable[[], T], path: Location) -> T:
-    """Try a read again, with growing pauses; from a URL, also one that stalls.
+    """Return read(), tried again with growing pauses when it fails and, from a URL, when it stalls.
 
-    Raises FileNotFoundError at once, OSError that names `path` after the last attempt.
+    Raises FileNotFoundError and other lasting errors at once, OSError that names `path` after the last attempt, and
+    StalledRead within seconds of a stop request.
     """
     for attempt in range(ATTEMPTS):
+        if attempt:
+            end_stalled_read()
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
         try:
-            return _within(TIMEOUT, read) if is_url(path) else read()
-        except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
-            raise  # trying again would not help
+            return _with_timeout(read) if is_url(path) else read()
+        except _LASTING_ERRORS:
+            raise
         except Exception as error:  # every kind of storage has its own errors
-            if not is_url(path) and (not isinstance(error, OSError) or error.errno in _LASTING):
+            if not is_url(path) and (not isinstance(error, OSError) or error.errno in _LASTING_CODES):
                 raise
-            if attempt == ATTEMPTS - 1:
-                raise OSError(f"{path}: not readable in {ATTEMPTS} attempts: {type(error).__name__} {error}") from error
-            time.sleep(FIRST_PAUSE * 2**attempt)
-    raise AssertionError
+            last_error = error
+    reason = f"{type(last_error).__name__} {last_error}"
+    raise OSError(f"{path}: not readable in {ATTEMPTS} attempts: {reason}") from last_error
 
 
 def expand_patterns(patterns: str | Sequence[str]) -> list[Location]:
     """Files for brace patterns ({00000..00331}, {train,val}), globs and URLs, in order.
 
-    Raises FileNotFoundError that names the first missing file or the pattern that matches nothing.
+    Raises FileNotFoundError that names the first missing file or the pattern that matches nothing, ValueError for
+    unbalanced braces and for a URL of an unknown protocol.
     """
     paths: list[Location] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if not is_url(pattern) and Path(pattern).is_file():  # a name with brackets or braces in it
             paths.append(Path(pattern))
             continue
-        for text in _expand_braces(pattern):
-            found = _matches(text)
-            if not found:
-                raise FileNotFoundError(f"data.shards={pattern!r}: no such file: {text}")
-            paths += found
+        try:
+            for text in braceexpand(pattern, escape=False):
+                matches = _matches(text)
+                if not matches:
+                    raise FileNotFoundError(f"data.shards={pattern!r}: no such file: {text}")
+                paths += matches
+        except (ImportError, ValueError) as error:  # also a protocol that is unknown, or its package not installed
+            raise ValueError(f"data.shards={pattern!r}: {error}") from error
     if not paths:
         raise FileNotFoundError(f"data.shards={patterns!r}: no files are named")
     return paths
@@ -130,48 +145,16 @@ def expand_patterns(patterns: str | Sequence[str]) -> list[Location]:
 
 def _matches(text: str) -> list[Location]:
     if is_url(text):
-        try:
-            files, name = _files(text)
-            if not glob.has_magic(name):
-                return [text]  # whether it is there is seen when it is indexed
-            found = with_retries(lambda: sorted(files.glob(name)), text)
-        except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
-            raise ValueError(f"data.shards={text!r}: {error}") from error
-        return [files.unstrip_protocol(path) for path in found]
+        files, name = fsspec.core.url_to_fs(text)
+        if not glob.has_magic(name):
+            return [text]  # whether it is there is seen when it is indexed
+        return [files.unstrip_protocol(path) for path in with_retries(lambda: sorted(files.glob(name)), text)]
     if glob.has_magic(text):
         return [Path(path) for path in sorted(glob.glob(text))]
     return [Path(text)] if Path(text).is_file() else []
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    """{00000..00003} counts, zero-padded as written; {a,b} lists; several braces multiply."""
-    parts = re.split(r"\{([^{}]*)\}", pattern)
-    choices = []
-    for number, part in enumerate(parts):
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
-        if number % 2 == 0:
-            choices.append([part])
-        elif span:
-            low, high = span.groups()
-            choices.append([str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)])
-        else:
-            choices.append(part.split(","))
-    return ["".join(words) for words in itertools.product(*choices)]
-
-
-def _files(url: str) -> tuple[Any, str]:
-    """The file system behind a URL, and the file's name in it."""
-    return _files_in(os.getpid(), url)
-
-
-@functools.lru_cache(maxsize=10_000)
-def _files_in(process: int, url: str) -> tuple[Any, str]:
-    # fsspec itself would make another in every thread, and connect anew for every read
-    return fsspec.core.url_to_fs(url)
-
-
-def _info(url: str) -> dict[str, Any]:
-    files, name = _files(url)
+def _info(files: fsspec.AbstractFileSystem, name: str) -> dict[str, Any]:
     try:
         return files.info(name)
     except FileNotFoundError as error:
@@ -181,30 +164,25 @@ def _info(url: str) -> dict[str, Any]:
         raise
 
 
-def _read(path: Location, start: int, size: int) -> bytes:
-    if is_url(path):
-        files, name = _files(path)
-        return files.cat_file(name, start=start, end=start + size)
+def _read_local(path: Location, start: int, size: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(start)
         return file.read(size)
 
 
-def _within(seconds: float, read: Callable[[], T]) -> T:
-    """Give a read up after some seconds: not every kind of storage does so by itself."""
-    answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
+def _with_timeout(read: Callable[[], T]) -> T:
+    """Return read(), or raise TimeoutError after TIMEOUT: not every kind of storage has a time limit of its own."""
+    future, end = Future(), time.monotonic() + TIMEOUT
 
     def work() -> None:
         try:
-            answers.put((True, read()))
+            future.set_result(read())
         except BaseException as error:
-            answers.put((False, error))
+            future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        fine, answer = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:g} s") from None
-    if not fine:
-        raise answer
-    return answer
+    Thread(target=work, daemon=True).start()  # a pool's threads would hold the exit
+    while not wait([future], timeout=min(_POLL, TIMEOUT)).done:
+        end_stalled_read()
+        if time.monotonic() >= end:
+            raise TimeoutError(f"no answer in {TIMEOUT:g} s")
+    return future.result()
