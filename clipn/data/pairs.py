@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from clipn.data.prompts import fill, negate
 from clipn.data.shards import CAUSES, BadPair, Pair, ShardPairs
 from clipn.data.storage import expand_patterns, is_url, name_of, read_range, version_of, with_retries
 from clipn.runtime.distributed import rank, world_size
+from clipn.runtime.random import stream
 from clipn.runtime.signals import leave_signals
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 Tokenizer = Callable[[list[str]], torch.Tensor]
 
 _MAX_REPLACEMENTS = 20  # bad pairs in a row, drawn at random, before the data as a whole is called broken
-_TRIED = 5  # pairs whose captions are looked for before anything else is done
-_COMPARED = 2**18  # bytes at the start of a shard that tell it from another of the same layout
+_CAPTIONS_CHECKED = 5  # pairs at the start that are checked for a caption before anything else
+_FINGERPRINT_BYTES = 2**18  # at the start of a shard, which differ between shards of the same layout
 _LONGEST_CAPTION = 10_000  # characters; no tokenizer reads a tenth of that
 
 
@@ -43,27 +43,27 @@ class TablePairs:
 
     def __init__(self, path: Path, image_column: str, caption_column: str) -> None:
         self.folder, self.path, self.paths = path.parent, path, [path]
-        options = {"sep": "\t" if path.suffix == ".tsv" else ",", "dtype": str, "keep_default_na": False}
+        self.faults: dict[str, int] = {}
+        separator = "\t" if path.suffix == ".tsv" else ","
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", pd.errors.ParserWarning)  # a row of more fields than columns
-                table = pd.read_csv(path, index_col=False, **options)
+                table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, index_col=False)
         except (ValueError, pd.errors.ParserError, pd.errors.ParserWarning) as error:
             raise ValueError(f"{path}: not a readable table: {str(error).strip()}") from error
         for key, column in (("image_column", image_column), ("caption_column", caption_column)):
             if column not in table.columns:
-                found = ", ".join(table.columns)
-                raise ValueError(f"{path}: no column {column!r} (data.{key}); its columns are: {found!r}")
+                names = ", ".join(table.columns)
+                raise ValueError(f"{path}: no column {column!r} (data.{key}); its columns are: {names!r}")
         if table.empty:
             raise ValueError(f"{path}: holds no rows")
-        self.faults: dict[str, int] = {}
         self.images, self.captions = table[image_column].tolist(), table[caption_column].tolist()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def name(self, number: int) -> str:
-        """Where a pair lives, for messages."""
+        """The place of a pair, for messages."""
         return f"{self.path}, row {number + 1}: {self.images[number]!r}"
 
     def __getitem__(self, number: int) -> Pair:
@@ -78,29 +78,30 @@ Pairs = ShardPairs | TablePairs
 
 
 def open_pairs(data: DataConfig) -> Pairs:
-    """The pairs behind data.shards.
+    """The pairs of data.shards.
 
     Raises FileNotFoundError or ValueError for a pattern that matches nothing, an unreadable file, captions that are
     not where `data` says, or shards that hold more faulty samples than data.max_bad_fraction.
     """
     paths = expand_patterns(data.shards)
-    if name_of(paths[0]).endswith((".csv", ".tsv")):
-        if len(paths) > 1:
-            raise ValueError(f"data.shards: one table or many shards, not {len(paths)} files such as {paths[0]}")
-        if is_url(paths[0]):
-            raise ValueError(f"data.shards={paths[0]!r}: a table is read from this machine, not from a URL")
-        return TablePairs(paths[0], data.image_column, data.caption_column)
+    tables = [path for path in paths if name_of(path).endswith((".csv", ".tsv"))]
+    if tables and len(paths) > 1:
+        raise ValueError(f"data.shards: one table or many shards, not {len(paths)} files such as {tables[0]}")
+    if tables and is_url(tables[0]):
+        raise ValueError(f"data.shards={tables[0]!r}: a table is read from this machine, not from a URL")
+    if tables:
+        return TablePairs(tables[0], data.image_column, data.caption_column)
     pairs = ShardPairs(paths, data.caption_key, data.index_dir)
     _compare_sizes(pairs)
     lost = sum(count for fault, count in pairs.faults.items() if fault != "truncated shard")
     check_bad_fraction(lost, len(pairs) + lost, pairs.faults, data)
-    refused = [error for number in range(min(_TRIED, len(pairs))) if (error := _no_caption(pairs, number))]
-    if len(refused) == min(_TRIED, len(pairs)):  # a wrong setting, more often than broken pairs
-        raise ValueError(f"{pairs.name(0)}: {refused[0]}")
+    errors = [_caption_error(pairs, number) for number in range(min(_CAPTIONS_CHECKED, len(pairs)))]
+    if all(errors):  # a wrong setting, more often than broken pairs
+        raise ValueError(f"{pairs.name(0)}: {errors[0]}")
     return pairs
 
 
-def _no_caption(pairs: Pairs, number: int) -> BadPair | None:
+def _caption_error(pairs: Pairs, number: int) -> BadPair | None:
     try:
         pairs[number]
     except BadPair as error:
@@ -109,7 +110,7 @@ def _no_caption(pairs: Pairs, number: int) -> BadPair | None:
 
 
 def check_bad_fraction(bad: int, seen: int, causes: dict[str, int], data: DataConfig) -> None:
-    """Raises ValueError, with the counts, when more of the pairs seen are bad than data.max_bad_fraction allows."""
+    """Raise ValueError, with the counts, when more of the pairs seen are bad than data.max_bad_fraction allows."""
     if bad > data.max_bad_fraction * seen:
         counts = ", ".join(f"{count} {cause}" for cause, count in causes.items() if count)
         raise ValueError(
@@ -119,27 +120,29 @@ def check_bad_fraction(bad: int, seen: int, causes: dict[str, int], data: DataCo
 
 
 def fingerprint(pairs: Pairs) -> str:
-    """A hash that tells data apart: of where each pair lies in its shard, and of the start of each file.
+    """A hash that differs between data: of each pair's place in its shard and the start of each file, or of a table.
 
-    It is alike wherever the files are moved to. Of a table it is its text, not its images.
+    It stays the same when the files are moved.
     """
     digest = hashlib.sha256()
     for path in pairs.paths:
         digest.update(name_of(path).encode())
         size, version = version_of(path)
-        digest.update(version.encode() if is_url(path) else read_range(path, 0, min(size, _COMPARED)))
-    for column in pairs.index[:-1] if isinstance(pairs, ShardPairs) else []:
-        digest.update(column.tobytes())
-    for text in pairs.images + pairs.captions if isinstance(pairs, TablePairs) else []:
-        digest.update(text.encode(errors="surrogatepass") + b"\0")
+        digest.update(version.encode() if is_url(path) else read_range(path, 0, min(size, _FINGERPRINT_BYTES)))
+    if isinstance(pairs, TablePairs):
+        for text in pairs.images + pairs.captions:
+            digest.update(text.encode(errors="surrogatepass") + b"\0")
+    else:
+        for column in pairs.index[:-1]:
+            digest.update(column.tobytes())
     return digest.hexdigest()
 
 
 class PairDataset(Dataset):
     """(epoch, number) -> {"image" [3, H, W], "tokens" [L], "number", "skipped" [causes]}.
 
-    For negated captions also "no_tokens" [L]. A bad pair is replaced by another, and counted under its cause in
-    "skipped"; "number" says which pair it is in the end.
+    With `negated`, "no_tokens" [L] too. A bad pair is replaced by another at random; "skipped" counts the bad ones by
+    cause, and "number" is the pair in the sample.
     """
 
     def __init__(
@@ -157,7 +160,7 @@ class PairDataset(Dataset):
     def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         epoch, number = item
         skipped, place = torch.zeros(len(CAUSES), dtype=torch.long), number
-        others = np.random.default_rng([self.seed, epoch, number])
+        replacements = stream("replacement", self.seed, epoch, number)
         for _ in range(_MAX_REPLACEMENTS):
             try:
                 sample = self._sample(*self._read(place), epoch, number)
@@ -165,7 +168,7 @@ class PairDataset(Dataset):
             except BadPair as error:
                 log.warning("skipped %s: %s", self.pairs.name(place), error)
                 skipped[CAUSES.index(error.cause)] += 1
-            place = int(others.integers(len(self.pairs)))  # not its neighbour: a whole shard may be bad
+            place = int(replacements.integers(len(self.pairs)))  # not its neighbour: a whole shard may be bad
         raise ValueError(f"{_MAX_REPLACEMENTS} pairs in a row are bad, drawn at random after {self.pairs.name(number)}")
 
     def views(self, number: int, epochs: Iterable[int]) -> list[dict[str, torch.Tensor]]:
@@ -190,10 +193,10 @@ class PairDataset(Dataset):
             raise BadPair("broken image", error) from error
 
     def _sample(self, image: Image.Image, caption: str, epoch: int, number: int) -> dict[str, torch.Tensor]:
-        state = int(np.random.SeedSequence([self.seed, epoch, number]).generate_state(1)[0])
-        with _seeded(state):
+        draws = stream("sample", self.seed, epoch, number)
+        template = self.templates[draws.integers(len(self.templates))]
+        with _seeded(int(draws.integers(2**63))):
             pixels = self.transform(image)
-        template = random.Random(state).choice(self.templates)
         sample = {"image": pixels, "tokens": self.tokenizer([fill(template, caption)])[0]}
         if self.negated:
             sample["no_tokens"] = self.tokenizer([fill(negate(template), caption)])[0]
@@ -203,8 +206,8 @@ class PairDataset(Dataset):
 class EpochBatches(Sampler):
     """This rank's share of every global batch, as lists of (epoch, number), from step `start` to the end.
 
-    Each epoch is a fresh permutation drawn from (seed, epoch). What is left of it after the last whole global batch
-    is not used in that epoch; another epoch leaves out other pairs.
+    Each epoch is a new permutation. The pairs after its last whole global batch are not used in that epoch; another
+    epoch leaves out other pairs.
     """
 
     def __init__(self, num_pairs: int, available: int, batch_size: int, epochs: int, seed: int, start: int) -> None:
@@ -216,13 +219,13 @@ class EpochBatches(Sampler):
         return self.epochs * self.steps_per_epoch - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        share = self.batch_size // world_size()
-        for epoch in range(self.start // self.steps_per_epoch, self.epochs):
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.available)[: self.num_pairs]
-            first = self.start % self.steps_per_epoch if epoch == self.start // self.steps_per_epoch else 0
+        share, (start_epoch, first) = self.batch_size // world_size(), divmod(self.start, self.steps_per_epoch)
+        for epoch in range(start_epoch, self.epochs):
+            order = stream("order", self.seed, epoch).permutation(self.available)[: self.num_pairs]
             for step in range(first, self.steps_per_epoch):
                 begin = step * self.batch_size + rank() * share
                 yield [(epoch, int(number)) for number in order[begin : begin + share]]
+            first = 0
 
 
 def epoch_batches(config: Config, available: int, start: int = 0) -> EpochBatches:
@@ -242,13 +245,12 @@ def epoch_batches(config: Config, available: int, start: int = 0) -> EpochBatche
 
 
 def pair_dataset(config: Config, pairs: Pairs, preprocess: dict, tokenizer: Tokenizer, seed: int) -> PairDataset:
-    """The pairs as `data` says they are cropped and worded, with every draw from `seed`."""
+    """The pairs with the crops and templates of `data`, every draw from `seed`."""
     data = config.data
     augmentation = Augmentation(tuple(data.crop_scale), data.flip, data.color_jitter, data.erase)
     negated = config.train.objective == "clipn" and config.model.num_prompts == 0
-    return PairDataset(
-        pairs, train_transform(preprocess, augmentation), tokenizer, data.caption_templates, negated, seed
-    )
+    transform = train_transform(preprocess, augmentation)
+    return PairDataset(pairs, transform, tokenizer, data.caption_templates, negated, seed)
 
 
 def training_loader(
@@ -271,7 +273,7 @@ def training_loader(
 
 @contextmanager
 def _seeded(state: int) -> Iterator[None]:
-    """Draw from the CPU's default generator, as torchvision does, without leaving a trace in it."""
+    """Seed the CPU's default generator, from which torchvision draws, and restore it afterwards."""
     generator = torch.default_generator
     before = generator.get_state()
     generator.manual_seed(state)  # torch.manual_seed would also visit every accelerator, at ten times the cost
@@ -282,16 +284,16 @@ def _seeded(state: int) -> Iterator[None]:
 
 
 def _compare_sizes(pairs: ShardPairs) -> None:
-    """Warn where a sizes.json beside the shards promises another number of pairs than there are."""
-    counts = np.bincount(pairs.index.shard, minlength=len(pairs.paths))
-    local = {path.parent for path in pairs.paths if isinstance(path, Path)}
-    for folder in sorted(local):
-        if not (folder / "sizes.json").is_file():
+    """Warn where a sizes.json beside the shards lists another number of pairs than there are."""
+    sizes: dict[Path, dict[str, int]] = {}
+    for path, count in zip(pairs.paths, np.bincount(pairs.index.shard, minlength=len(pairs.paths)), strict=True):
+        if is_url(path):
             continue
+        listed = path.parent / "sizes.json"
         try:
-            sizes = dict(json.loads((folder / "sizes.json").read_text(encoding="utf-8")))
+            if listed not in sizes:
+                sizes[listed] = dict(json.loads(listed.read_text(encoding="utf-8"))) if listed.is_file() else {}
         except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{folder / 'sizes.json'}: expected a JSON object of shard: pairs: {error}") from error
-        for path, count in zip(pairs.paths, counts, strict=True):
-            if isinstance(path, Path) and path.parent == folder and sizes.get(path.name, count) != count:
-                log.warning("%s: holds %d pairs, sizes.json says %r", path, count, sizes[path.name])
+            raise ValueError(f"{listed}: expected a JSON object of shard: pairs: {error}") from error
+        if sizes[listed].get(path.name, count) != count:
+            log.warning("%s: holds %d pairs, sizes.json says %r", path, count, sizes[listed][path.name])
