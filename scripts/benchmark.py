@@ -35,9 +35,9 @@ from clipn.data.image_sets import ImageSet
 from clipn.data.shards import CAUSES
 from clipn.evaluation.evaluate import score_features
 from clipn.features.pairs import pair_encoder
-from clipn.features.store import DTYPES, autocast
 from clipn.model.base import context_length
 from clipn.model.head import Head
+from clipn.model.precision import DTYPES, autocast
 from clipn.runtime.console import fail_in_one_line
 from clipn.runtime.distributed import choose_device
 from clipn.scores import SCORES

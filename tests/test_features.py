@@ -149,7 +149,7 @@ def test_two_ranks_fill_one_store_and_train_as_one_process(settings, tmp_path):
     (tmp_path / "ranks.py").write_text(
         """
 import sys
-from clipn.config.schema import load_config
+from clipn.config.loading import load_config
 from clipn.runtime.distributed import choose_device, process_group, rank
 from clipn.features.store import FeatureStore
 from clipn.training.loop import train

@@ -17,12 +17,12 @@ from clipn.data.image_sets import ImageSet, open_image_sets
 from clipn.data.prompts import load_class_names, load_templates
 from clipn.evaluation.results import RESULT_COLUMNS, Evaluation, SetScores, decision_rows, result_rows
 from clipn.features.image_sets import image_set_features
-from clipn.features.store import tensor_hash
 from clipn.methods.from_features import FEATURE_SCORES
 from clipn.methods.registry import Score, check_methods, feature_methods, image_methods
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint, read_checkpoint
 from clipn.model.clipn import CLIPN, create_model_and_transforms, load_model
+from clipn.model.hashing import tensor_hash
 from clipn.model.head import Head, build_head
 from clipn.model.weights import find_weights
 from clipn.runtime.distributed import choose_device

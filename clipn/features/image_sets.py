@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +16,10 @@ from torch import Tensor
 from clipn.config.schema import Config
 from clipn.data.image_sets import UNREAD, ImageFiles, ImageSet
 from clipn.data.images import val_transform
-from clipn.features.store import FeatureStore, _hash, autocast, weights_hash
+from clipn.features.store import Columns, FeatureStore
 from clipn.model.clipn import CLIPN
+from clipn.model.hashing import weights_hash
+from clipn.model.precision import autocast
 from clipn.runtime.distributed import barrier, is_main
 
 
@@ -25,22 +30,25 @@ def image_set_features(
     scores: dict[str, Callable[[Tensor], Tensor]] | None = None,
     scores_of: str = "",
 ) -> Iterator[tuple[ImageSet, Tensor, dict[str, Tensor]]]:
-    """One pass over each image set, or none where features.dir has what is asked for.
+    """Encode each image set in one pass, or read its features where features.dir has them.
 
-    scores: by name, [B, 3, H, W] -> [B], taken of the images in the same pass; scores_of says what else they depend on.
-    Yields each set without its unreadable images, and for the others a row each, on the CPU: features [N, D] float32,
-    L2-normalised, and scores [N]. Under many ranks each encodes a share, and all get the whole.
+    scores: functions of images, [B, 3, H, W] -> [B] by name, computed in the same pass. scores_of: everything else that
+        they depend on (head, scale, constants); another value computes them again.
+    Yields each set without its unreadable images and, for the N readable ones, features [N, D] float32, L2-normalised,
+    and scores [N] by name, on the CPU. Under many ranks each encodes a share, and every rank yields all.
+
+    Raises ValueError for a set without readable images.
     """
     settings, device, scores = config.eval, model.logit_scale.device, scores or {}
     weights = weights_hash(model.base.visual)
 
-    def encode(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode(batch: Columns) -> Columns:
         pixels = batch["image"].to(device, non_blocking=True)
         with autocast(device, settings.precision):
             return {"image": model.encode_image(pixels)} | {name: score(pixels) for name, score in scores.items()}
 
     for images in image_sets:
-        store = _image_store(config, model, images, weights, [*sorted(scores), scores_of] if scores else [])
+        store = _open_store(config, model, images, weights, [*sorted(scores), scores_of] if scores else [])
         if store.missing():
             dataset = ImageFiles(images.paths, val_transform(model.preprocess))
             store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
@@ -51,24 +59,29 @@ def image_set_features(
                 f"image set {images.name!r}: none of the {len(images)} images in {images.root} is readable"
             )
         parts = [part for part in parts if "image" in part]
-        found = {name: torch.cat([part[name] for part in parts]) for name in ("image", *scores)}
+        columns = {name: torch.cat([part[name] for part in parts]) for name in ("image", *scores)}
         barrier()
-        if (not settings.keep_features or UNREAD in causes) and is_main():  # another time they may be readable
+        if (not settings.keep_features or UNREAD in causes) and is_main():  # an unread file may be readable later
             shutil.rmtree(store.folder)
-        yield images.without(skipped), found.pop("image"), found
+        yield images.without(skipped), columns.pop("image"), columns
 
 
-def _image_store(config: Config, model: CLIPN, images: ImageSet, weights: str, scores: list[str]) -> FeatureStore:
+def _open_store(config: Config, model: CLIPN, images: ImageSet, weights: str, scores: list[str]) -> FeatureStore:
+    """The store of one image set. Its folder's name has a hash of the manifest, so that any number of them coexist."""
     manifest = {
         "of": images.name,
-        "model": model.architecture,  # the same weights mean another thing with another activation
+        "model": model.architecture,  # with another activation, the same weights give other features
         "weights": weights,
         "preprocess": model.preprocess,
         "precision": config.eval.precision,
-        "images": _hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images.paths]),
+        "images": _json_hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images.paths]),
         "samples": len(images),
         "part_size": config.features.part_size,
         "scores": scores,
     }
     name = re.sub(r"[^\w.-]", "_", images.name)
-    return FeatureStore(Path(config.features.dir) / "images" / f"{name}-{_hash(manifest)[:12]}", manifest)
+    return FeatureStore(Path(config.features.dir) / "images" / f"{name}-{_json_hash(manifest)[:12]}", manifest)
+
+
+def _json_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

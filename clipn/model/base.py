@@ -1,4 +1,4 @@
-"""The base CLIP: any open_clip model, by name, JSON config or checkpoint, and its tokenizer."""
+"""The base CLIP: any open_clip model by name, JSON config or checkpoint, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -17,36 +17,49 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 
 from clipn.data.images import merge_preprocess
-from clipn.model.checkpoint import load_weights, published_name, read_checkpoint
+from clipn.model.checkpoint import load_weights, read_checkpoint
 
 Architecture = dict[str, Any]  # an open_clip JSON model config: embed_dim, vision_cfg, text_cfg, ...
 
 
 def build_base(model_name: str | Architecture, pretrained: str | Path | None = None) -> tuple[nn.Module, Architecture]:
-    """An open_clip model with its text tower at `.text`, and the JSON config that describes it.
+    """Build an open_clip model with its text tower at `.text`; returns it and the model config that describes it.
 
-    pretrained: an open_clip tag, a path to a plain CLIP checkpoint, or None for random weights.
+    pretrained: an open_clip tag, a path to a plain CLIP checkpoint, or None for random weights (for an `hf-hub:` or
+        `local-dir:` name: its own weights).
+    Raises FileNotFoundError or ValueError for unknown names and files that do not fit, OSError for a failed download.
     """
     architecture = find_architecture(model_name)
     if pretrained is not None and Path(pretrained).is_file():
         content = read_checkpoint(pretrained)
-        base = build_from_config(architecture, fetch_text=False)
-        told = content.get("preprocess") or {}
-        base.visual.preprocess_cfg = merge_preprocess(base.visual.preprocess_cfg, told, str(pretrained))
-        load_base(base, content["state_dict"], str(pretrained))
+        base = build_unloaded(architecture, content, str(pretrained))
+        load_weights(base, content["state_dict"], str(pretrained))
     elif pretrained is not None:
         base = _build_from_tag(model_name, str(pretrained), architecture)
     elif isinstance(model_name, str) and model_name.startswith(("hf-hub:", "local-dir:")):
         base = open_clip.create_model(model_name, force_custom_text=True)
     else:
-        base = build_from_config(architecture, architecture["text_cfg"].get("hf_model_pretrained", True))
+        base = _build_from_config(architecture, architecture["text_cfg"].get("hf_model_pretrained", True))
     return base, architecture
 
 
-def find_architecture(model_name: str | Architecture) -> Architecture:
-    """The open_clip model config behind a built-in name, a JSON file or an `hf-hub:` / `local-dir:` name.
+def build_unloaded(architecture: Architecture, content: dict[str, Any], source: str) -> nn.Module:
+    """The open_clip model that a checkpoint's weights are loaded into, with the checkpoint's preprocessing.
 
-    Raises FileNotFoundError for a missing file, ValueError for an unknown name or a file that is no model config.
+    Sets quick_gelu in `architecture` where the checkpoint does: the weights decide the activation, not the name.
+    Raises ValueError for a model or a preprocessing that open_clip cannot build.
+    """
+    if (content.get("architecture") or {}).get("quick_gelu"):
+        architecture["quick_gelu"] = True
+    base = _build_from_config(architecture, fetch_text=False)
+    base.visual.preprocess_cfg = merge_preprocess(base.visual.preprocess_cfg, content.get("preprocess") or {}, source)
+    return base
+
+
+def find_architecture(model_name: str | Architecture) -> Architecture:
+    """A copy of the open_clip model config of a built-in name, a JSON file or an `hf-hub:` / `local-dir:` name.
+
+    Raises FileNotFoundError for a missing file, ValueError for an unknown name or a file that is not a model config.
     """
     if isinstance(model_name, dict):
         return copy.deepcopy(model_name)
@@ -62,28 +75,28 @@ def find_architecture(model_name: str | Architecture) -> Architecture:
 
 
 def context_length(architecture: Architecture) -> int:
-    """The number of tokens that this model's tokenizer makes of a text."""
+    """The number of tokens of a tokenized text."""
     return architecture["text_cfg"].get("context_length", 77)
 
 
 def get_tokenizer(model_name: str | Architecture) -> Callable[[str | list[str]], Tensor]:
-    """The tokenizer of a model: texts -> [B, context_length] int64. Takes what `create_model_and_transforms` takes."""
+    """The tokenizer of a model: texts -> [B, context_length] int64.
+
+    model_name: as in `create_model_and_transforms`. Raises what `find_architecture` raises, and OSError, one line, for
+    a Hugging Face tokenizer that cannot be loaded.
+    """
     if isinstance(model_name, str) and not model_name.endswith(".json"):
-        find_architecture(model_name)  # open_clip would answer an unknown name with some tokenizer
+        find_architecture(model_name)  # for an unknown name open_clip returns a default tokenizer
         return open_clip.get_tokenizer(model_name)
-    text = find_architecture(model_name)["text_cfg"]
-    options = dict(text.get("tokenizer_kwargs") or {}, context_length=text.get("context_length", 77))
+    architecture = find_architecture(model_name)
+    text = architecture["text_cfg"]
+    options = dict(text.get("tokenizer_kwargs") or {}, context_length=context_length(architecture))
     if text.get("hf_tokenizer_name"):
         try:
             return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
-        except OSError as error:  # many lines of transformers'
+        except OSError as error:  # transformers' message has many lines
             raise OSError(f"tokenizer {text['hf_tokenizer_name']!r}: {str(error).splitlines()[0]}") from error
     return SimpleTokenizer(**options)
-
-
-def load_base(base: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Copy a flat state_dict, all of it, into an open_clip model. Raises ValueError as `load_weights` does."""
-    load_weights(base, state, {name: published_name(name) for name in base.state_dict()}, source)
 
 
 def _read_architecture(path: Path) -> Architecture:
@@ -107,18 +120,18 @@ def _build_from_tag(model_name: str | Architecture, tag: str, architecture: Arch
             f"pretrained={tag!r}: no such file, and no open_clip tag of {model_name!r}; its tags are: "
             + (", ".join(tags) or "none")
         )
-    # The weights decide the activation: open_clip only warns when the name says otherwise.
+    # The weights decide the activation. open_clip only warns when the model's name disagrees.
     if get_pretrained_cfg(model_name, tag).get("quick_gelu"):
         architecture["quick_gelu"] = True
     quick_gelu = architecture.get("quick_gelu", False)
     try:
         return open_clip.create_model(model_name, tag, force_custom_text=True, force_quick_gelu=quick_gelu)
-    except RuntimeError as error:  # open_clip's word for a failed download
+    except RuntimeError as error:  # open_clip's error for a failed download
         raise OSError(f"pretrained={tag!r} of {model_name!r}: {str(error).splitlines()[0]}") from error
 
 
-def build_from_config(architecture: Architecture, fetch_text: bool) -> nn.Module:
-    # open_clip reads a config that is not its own only from a folder.
+def _build_from_config(architecture: Architecture, fetch_text: bool) -> nn.Module:
+    # open_clip reads a config that is not built in only from a folder.
     with tempfile.TemporaryDirectory() as folder, _quiet():
         (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture}))
         try:
@@ -132,7 +145,7 @@ def build_from_config(architecture: Architecture, fetch_text: bool) -> nn.Module
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence open_clip's word that a model has no weights yet: they are loaded next, or random on purpose."""
+    """Silence open_clip's warning about random weights: they are loaded next, or random on purpose."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)

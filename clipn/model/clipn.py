@@ -12,17 +12,10 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
-from clipn.data.images import Transform, merge_preprocess, train_transform, val_transform
-from clipn.model.base import Architecture, build_base, build_from_config, context_length, find_architecture, load_base
-from clipn.model.checkpoint import (
-    PROMPTS,
-    base_hash,
-    base_weights,
-    is_clipn,
-    load_weights,
-    published_name,
-    read_checkpoint,
-)
+from clipn.data.images import Transform, train_transform, val_transform
+from clipn.model.base import Architecture, build_base, build_unloaded, context_length, find_architecture
+from clipn.model.checkpoint import PROMPTS, base_weights, is_clipn, load_weights, published_state, read_checkpoint
+from clipn.model.hashing import base_hash
 from clipn.model.packed_text import compile_text, is_standard, text_features, token_embedding
 
 
@@ -41,9 +34,9 @@ class NoTextTower(nn.Module):
         self.register_parameter("prompts", prompts)
 
     def forward(self, tokens: Tensor, choice: Tensor | None = None) -> Tensor:
-        """tokens [B, L] -> features [B, D], float32, L2-normalised.
+        """Token ids [B, L] -> features [B, D], float32, L2-normalised.
 
-        choice: [B] integers in 0..P, the prompt that each caption gets; P, and None for all, is the mean prompt.
+        choice: [B] integers in 0..P, each caption's prompt; P is the mean prompt, and None is P for all.
         """
         if self.prompts is None:
             return text_features(self.tower, tokens)
@@ -53,14 +46,14 @@ class NoTextTower(nn.Module):
         return text_features(self.tower, tokens, torch.cat([self.prompts, mean]), choice)
 
     def recompute_activations(self) -> None:
-        """Trade time for memory: keep each block's input only. Raises ValueError for a tower that cannot."""
+        """Trade time for memory: keep only each block's input. Raises ValueError for a tower that cannot."""
         if isinstance(self.tower, TextTransformer) and not is_standard(self.tower):
             raise ValueError("train.grad_checkpointing: open_clip cannot recompute this text tower's blocks")
         self.tower.set_grad_checkpointing(True)
 
 
 class CLIPN(nn.Module):
-    """Image tower, text tower and temperature of a frozen base CLIP, and the no tower beside them.
+    """The frozen base CLIP (image tower, "yes" text tower, temperature) and the "no" text tower.
 
     All features are [B, D], float32, L2-normalised.
     """
@@ -78,51 +71,47 @@ class CLIPN(nn.Module):
 
     @property
     def num_prompts(self) -> int:
+        """P, the number of "no" prompts; 0 for the hand-crafted variant."""
         return self.no_text.num_prompts
 
     @property
-    def preprocess(self) -> dict:
+    def preprocess(self) -> dict[str, Any]:
         """open_clip's description of the image preprocessing: size, mean, std, interpolation, resize_mode, ..."""
         return self.base.visual.preprocess_cfg
 
     def set_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        """Normalise images with these three means and deviations; None keeps what the checkpoint said."""
-        given = {"mean": mean, "std": std}
-        self.preprocess.update({key: tuple(value) for key, value in given.items() if value is not None})
+        """Normalise images with this mean and standard deviation (3 channels each); None keeps the current one."""
+        statistics = {"mean": mean, "std": std}
+        self.preprocess.update({key: tuple(value) for key, value in statistics.items() if value is not None})
 
     def train(self, mode: bool = True) -> CLIPN:
-        """Only the no tower ever trains: the base keeps its batch statistics and drops nothing."""
+        """Set the mode of the no tower. The base stays in evaluation mode: fixed batch statistics, no dropout."""
         super().train(mode)
         self.base.eval()
         return self
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised images -> [B, D]."""
+        """Normalised images [B, 3, H, W] -> [B, D]."""
         images = images.to(next(self.base.visual.parameters()).dtype)  # a model in half precision
         return F.normalize(self.base.encode_image(images, normalize=False).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """[B, L] token ids -> [B, D] by the "yes" tower."""
+        """Token ids [B, L] -> [B, D] by the "yes" tower."""
         return text_features(self.base.text, tokens)
 
     def encode_no_text(self, tokens: Tensor, choice: Tensor | None = None) -> Tensor:
-        """[B, L] token ids -> [B, D] by the "no" tower, with the mean prompt unless `choice` says otherwise."""
+        """Token ids [B, L] -> [B, D] by the "no" tower; choice: as in `NoTextTower.forward`, the mean by default."""
         return self.no_text(tokens, choice)
 
     def compile_towers(self) -> None:
-        """torch.compile what a training step runs: the image tower, and the parts of the text towers that gain."""
+        """Apply torch.compile to the image tower and to the parts of the text towers that become faster."""
         self.base.visual.compile()
         for tower in (self.base.text, self.no_text.tower):
             compile_text(tower)
 
-    def published_names(self) -> dict[str, str]:
-        """Each key of this module's state_dict -> its name in the published layout."""
-        return {name: published_name(name) for name in self.state_dict()}
-
     def published_state(self) -> dict[str, Tensor]:
-        """The weights under the published layout's names."""
-        names = self.published_names()
-        return {names[name]: value for name, value in self.state_dict().items()}
+        """The weights by their names in the published layout."""
+        return published_state(self)
 
 
 def create_model_and_transforms(
@@ -134,13 +123,13 @@ def create_model_and_transforms(
     image_std: Sequence[float] | None = None,
     base: str | Path | None = None,
 ) -> tuple[CLIPN, Transform, Transform]:
-    """Build a CLIPN and its image transforms (training, validation).
+    """Build a CLIPN in evaluation mode and its image transforms (training, validation).
 
     model_name: an open_clip name, a path to a JSON model config, or such a config as a dict.
-    pretrained: an open_clip tag, or a path to a CLIPN or plain CLIP checkpoint. From a CLIPN checkpoint come the no
-        tower and the number of prompts; from a plain CLIP the no tower is a copy of the text tower. None leaves the
-        base random, as open_clip does.
-    image_mean, image_std: for a checkpoint that does not carry its own statistics.
+    pretrained: an open_clip tag, or a path to a CLIPN or plain CLIP checkpoint. A CLIPN checkpoint has the no tower and
+        decides the number of prompts; for a plain CLIP the no tower is a copy of the text tower. None leaves the base
+        random, as open_clip does.
+    image_mean, image_std: for a checkpoint without statistics of its own.
     base: for a shared file, which holds the no tower alone: its base CLIP, as in `load_model`.
 
     Raises ValueError or FileNotFoundError for unknown names and for files that do not fit.
@@ -162,50 +151,46 @@ def load_model(
     num_prompts: int = 16,
     base: str | Path | None = None,
 ) -> CLIPN:
-    """A CLIPN from a checkpoint that has been read, and `source`, its name for messages.
+    """Build a CLIPN from the content of a checkpoint; source: the file's name in messages.
 
-    A CLIPN checkpoint decides the number of prompts; a plain CLIP gets `num_prompts` of them, and a no tower that is a
-    copy of its text tower. base: for a shared file, an open_clip tag or a checkpoint with the base CLIP; by default
-    the tag that the file names. Raises ValueError for weights that do not fit the model, and for another base.
+    num_prompts: for a plain CLIP, whose no tower is a copy of its text tower; a CLIPN checkpoint has its own number.
+    base: for a shared file, an open_clip tag or a checkpoint of the base CLIP; by default the tag that the file names.
+    Raises ValueError for weights that do not fit the model and for the wrong base, FileNotFoundError for no base.
     """
-    architecture = find_architecture(model_name)
-    if (content.get("architecture") or {}).get("quick_gelu"):
-        architecture["quick_gelu"] = True  # the weights decide the activation, not the name
     clipn = is_clipn(content["state_dict"])
     if clipn and not base_weights(content["state_dict"]):
-        content = _with_base(content, source, model_name, base)
+        content = _add_base(content, source, model_name, base)
     state = content["state_dict"]
-    saved = ((content.get("config") or {}).get("model") or {}).get("num_prompts", 0)
-    if clipn and (state[PROMPTS].ndim != 3 if PROMPTS in state else saved):
+    saved_prompts = ((content.get("config") or {}).get("model") or {}).get("num_prompts", 0)
+    if clipn and (state[PROMPTS].ndim != 3 if PROMPTS in state else saved_prompts):
         raise ValueError(f"{source}: {PROMPTS} is missing or not of the shape [prompts, context, width]")
-    clip = build_from_config(architecture, fetch_text=False)
-    clip.visual.preprocess_cfg = merge_preprocess(clip.visual.preprocess_cfg, content.get("preprocess") or {}, source)
-    if not clipn:
-        load_base(clip, state, source)
-    model = CLIPN(clip, len(state.get(PROMPTS, ())) if clipn else num_prompts, architecture)
+    architecture = find_architecture(model_name)
+    clip = build_unloaded(architecture, content, source)
     if clipn:
-        load_weights(model, state, model.published_names(), source)
-    return model
+        model = CLIPN(clip, len(state.get(PROMPTS, ())), architecture)
+        load_weights(model, state, source)
+        return model
+    load_weights(clip, state, source)
+    return CLIPN(clip, num_prompts, architecture)  # copies the text tower
 
 
-def _with_base(
+def _add_base(
     content: dict[str, Any], source: str, model_name: str | Architecture, base: str | Path | None
 ) -> dict[str, Any]:
-    """A shared file's content with the weights of its base beside its own. Raises ValueError for another base."""
+    """Add the weights of its base to the content of a shared file. Raises ValueError for the wrong base."""
     name, tag, sha256 = content.get("model_name") or model_name, content.get("pretrained"), content.get("base_sha256")
     own = f"{name} {tag}" if tag else f"the CLIP of SHA-256 {str(sha256)[:12]}"
     base = str(base or tag or "")
     if Path(base).is_file():
-        found = read_checkpoint(base)
+        base_content = read_checkpoint(base)
     elif base and isinstance(name, str):
         clip, _ = build_base(base) if base.startswith("hf-hub:") else build_base(name, base)
-        state = {published_name(key): value for key, value in clip.state_dict().items()}
-        found = {"state_dict": state, "preprocess": dict(clip.visual.preprocess_cfg)}
+        base_content = {"state_dict": published_state(clip), "preprocess": dict(clip.visual.preprocess_cfg)}
     else:
         why = f"base={base!r} is no such file" if base else "it holds the no tower alone"
         raise FileNotFoundError(f"{source}: {why}; give a checkpoint of {own} as base")
-    weights = base_weights(found["state_dict"])
+    weights = base_weights(base_content["state_dict"])
     if sha256 and base_hash(weights) != sha256:
         raise ValueError(f"{source}: belongs to {own}; base={base!r} holds other weights")
-    preprocess = content.get("preprocess") or found.get("preprocess")
+    preprocess = content.get("preprocess") or base_content.get("preprocess")
     return content | {"state_dict": weights | content["state_dict"], "preprocess": preprocess}

@@ -1,8 +1,8 @@
-"""The zero-shot head: class names and templates -> one yes and one no weight per class."""
+"""The zero-shot head: class names and templates -> one yes weight and one no weight per class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,11 @@ from clipn.data.prompts import check_class_names, check_templates, fill, negate
 from clipn.model.clipn import CLIPN
 from clipn.runtime.distributed import is_main
 
+Encode = Callable[[list[str]], Tensor]  # texts -> features [B, D], L2-normalised
+
 
 class Head(nn.Module):
-    """weight_yes, weight_no: [C, D], L2-normalised."""
+    """Class weights, L2-normalised: weight_yes and weight_no, each [C, D]."""
 
     weight_yes: Tensor
     weight_no: Tensor
@@ -26,10 +28,14 @@ class Head(nn.Module):
         self.register_buffer("weight_no", weight_no)
 
     def forward(self, image_features: Tensor, scale: float = 100.0) -> tuple[Tensor, Tensor]:
-        """[B, D] L2-normalised -> logits_yes, logits_no, each [B, C]. The paper's code uses 100 for any logit_scale."""
+        """L2-normalised features [B, D] -> logits_yes, logits_no, each [B, C]: scale * cosine.
+
+        The paper's code uses scale = 100 for any logit_scale.
+        """
         return scale * image_features @ self.weight_yes.T, scale * image_features @ self.weight_no.T
 
 
+@torch.no_grad()
 def build_head(
     model: CLIPN,
     tokenizer: Callable[[list[str]], Tensor],
@@ -37,45 +43,36 @@ def build_head(
     templates: Sequence[str],
     batch_size: int = 512,
 ) -> Head:
-    """Encode every class name in every template with both towers (CLIPN, section 3.4).
+    """Encode every class name in every template with both text towers (CLIPN, section 3.4).
 
-    Per class and tower: encode, normalise, sum over templates, normalise. A model without prompts reads the negated
+    Per class and tower: encode, normalise, sum over templates, normalise. A model without prompts reads negated
     templates in its no tower. templates: texts with "{}".
 
-    Raises ValueError for no class names, an empty one, or a template without "{}".
+    Raises ValueError for no class names, an empty class name, or a template without "{}".
     """
-    templates = check_templates(templates)
-    class_names = check_class_names(class_names)
+    templates, class_names = check_templates(templates), check_class_names(class_names)
     no_templates = templates if model.num_prompts else [negate(template) for template in templates]
-    weight_yes = _class_weights(model.encode_text, tokenizer, class_names, templates, model, batch_size)
-    weight_no = _class_weights(model.encode_no_text, tokenizer, class_names, no_templates, model, batch_size)
+
+    def encoder(encode: Callable[[Tensor], Tensor]) -> Encode:
+        return lambda texts: torch.cat([encode(tokens) for tokens in tokenizer(texts).split(batch_size)])
+
+    was_training = model.training
+    model.eval()
+    weight_yes = class_weights(encoder(model.encode_text), class_names, templates, batch_size)
+    weight_no = class_weights(encoder(model.encode_no_text), class_names, no_templates, batch_size)
+    model.train(was_training)
     return Head(weight_yes, weight_no)
 
 
-@torch.no_grad()
-def _class_weights(
-    encode: Callable[[Tensor], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
-    class_names: Sequence[str],
-    templates: Sequence[str],
-    model: CLIPN,
-    batch_size: int,
-) -> Tensor:
-    was_training = model.training
-    model.eval()
-    at_once = max(1, batch_size // len(templates))  # whole classes: a thousand of them need no more memory than one
+def class_weights(encode: Encode, class_names: list[str], templates: list[str], batch_size: int) -> Tensor:
+    """[C, D], encoded in batches of whole classes, so that memory does not grow with the number of classes."""
+    step = max(1, batch_size // len(templates))
     weights = []
-    hidden = None if is_main() else True
-    with tqdm(total=len(class_names), unit="class", desc="class names", disable=hidden, delay=2, leave=False) as bar:
-        for start in range(0, len(class_names), at_once):
-            names = class_names[start : start + at_once]
-            texts = [fill(template, name) for name in names for template in templates]
-            features = torch.cat([encode(tokenizer(part)) for part in _parts(texts, batch_size)])
+    disable = None if is_main() else True  # None: where there is no terminal
+    with tqdm(total=len(class_names), unit="class", desc="class names", disable=disable, delay=2, leave=False) as bar:
+        for start in range(0, len(class_names), step):
+            names = class_names[start : start + step]
+            features = encode([fill(template, name) for name in names for template in templates])
             weights.append(F.normalize(features.unflatten(0, (len(names), len(templates))).sum(dim=1), dim=-1))
             bar.update(len(names))
-    model.train(was_training)
     return torch.cat(weights)
-
-
-def _parts(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (texts[start : start + size] for start in range(0, len(texts), size))

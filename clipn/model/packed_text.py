@@ -1,8 +1,8 @@
-"""Text towers read without padding, where that gives exactly what the tower itself gives.
+"""Encode texts without their padding, where that gives the same features as the tower itself.
 
-A tower whose positions never look ahead, and which is pooled at the end token, cannot see what stands behind it. Then
-a batch's captions are laid end to end, and only attention, a few percent of the work, sees them side by side. Such a
-tower of unusual blocks reads a batch cut to its longest caption, and a tower of another build reads it whole.
+A tower with a causal mask that is pooled at the end token cannot see the tokens behind it. The captions of a batch are
+then packed end to end, and only attention, a few percent of the work, arranges them side by side. If such a tower has
+non-standard blocks, the batch is truncated to its longest caption. Other towers read the whole batch.
 """
 
 from __future__ import annotations
@@ -20,63 +20,63 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Group(NamedTuple):
-    """Captions of similar length: n of them, the longest of `width` tokens, in tokens start .. stop of the batch."""
+    """Captions of similar length, the longest of `width` tokens: the tokens start .. stop of the batch."""
 
     start: int
     stop: int
     captions: int
     width: int
-    places: Tensor  # [stop - start], where each token stands in the flattened [captions, width]
+    places: Tensor  # [stop - start], each token's index in the flattened [captions, width]
 
 
 class Captions(NamedTuple):
-    """A batch of B captions laid end to end, the short ones first: T tokens."""
+    """A batch of B captions packed end to end, shortest first: T tokens."""
 
     ids: Tensor  # [T]
-    positions: Tensor  # [T]
-    rows: Tensor  # [T], the caption that each token is of
-    ends: Tensor  # [B], where each caption's end token is among the T
+    positions: Tensor  # [T], in the caption
+    rows: Tensor  # [T], each token's caption
+    ends: Tensor  # [B], the index among the T of each caption's end token
     groups: list[Group]
 
 
 def text_features(
     tower: nn.Module, tokens: Tensor, prompts: Tensor | None = None, choice: Tensor | None = None
 ) -> Tensor:
-    """[B, L] token ids, on any device -> [B, D], float32, L2-normalised, by an open_clip text tower, on its device.
+    """Token ids [B, L], on any device -> features [B, D], float32, L2-normalised, on the device of the text tower.
 
-    prompts: [K, context, width], of which each caption gets the one that `choice` [B] says (none given: the first),
-    added to its token and position embeddings at every position.
+    prompts: [K, context, width]; prompts[choice[b]] is added to caption b's token and position embeddings at every
+    position. choice: [B] integers in 0..K-1; None is prompt 0 for all.
     """
     if is_packable(tower):
-        output = _packed(tower, tokens, prompts, choice)
+        output = _encode_packed(tower, tokens, prompts, choice)
     else:
-        with _added(tower, prompts, choice):
-            output = _cut(tower, tokens.to(next(tower.parameters()).device))
-    pooled = output[0] if isinstance(output, tuple) else output  # CoCa's tower returns its tokens too
+        with _added_prompts(tower, prompts, choice):
+            output = _encode_truncated(tower, tokens.to(next(tower.parameters()).device))
+    pooled = output[0] if isinstance(output, tuple) else output  # CoCa's tower also returns its tokens
     return F.normalize(pooled.float(), dim=-1)
 
 
 def token_embedding(tower: nn.Module) -> nn.Embedding:
-    """The module that turns token ids into vectors."""
+    """The module that embeds token ids."""
     if isinstance(tower, HFTextEncoder):
         return tower.transformer.get_input_embeddings()
     return tower.token_embedding
 
 
 def ignores_padding(tower: nn.Module) -> bool:
-    """Whether what stands behind the end token changes nothing: no position looks ahead, and the end's is pooled."""
+    """Whether the tokens behind the end token have no effect: causal mask, and pooling at the end token."""
     if not isinstance(tower, TextTransformer) or tower.attn_mask is None:
         return False
     return tower.cls_emb is None and tower.pool_type in ("argmax", "eos")
 
 
 def is_packable(tower: nn.Module) -> bool:
-    """Whether captions can be laid end to end: no padding is seen, and every block is a standard one."""
+    """Whether captions can be packed end to end: padding has no effect, and every block is a standard one."""
     return ignores_padding(tower) and is_standard(tower)
 
 
 def is_standard(tower: TextTransformer) -> bool:
-    """Whether every block is open_clip's usual one."""
+    """Whether every block is open_clip's default one, without attention dropout."""
     return all(
         type(block) is ResidualAttentionBlock and type(block.attn) is nn.MultiheadAttention and not block.attn.dropout
         for block in tower.transformer.resblocks
@@ -84,7 +84,7 @@ def is_standard(tower: TextTransformer) -> bool:
 
 
 def compile_text(tower: nn.Module) -> None:
-    """torch.compile a text tower: whole, or where captions of any lengths are packed, what is alike for all of them."""
+    """Apply torch.compile to a text tower; if it is packable, only to the MLPs, whose input has a dynamic length."""
     if not is_packable(tower):
         tower.compile()
         return
@@ -93,13 +93,13 @@ def compile_text(tower: nn.Module) -> None:
 
 
 def caption_lengths(tower: TextTransformer, tokens: Tensor) -> Tensor:
-    """[B, L] token ids -> [B], how many are read: up to the one that the tower is pooled at."""
+    """Token ids [B, L] -> [B], the number of tokens up to the one that the tower is pooled at."""
     ends = tokens if tower.pool_type == "argmax" else (tokens == tower.eos_id).int()
     return ends.argmax(dim=1) + 1
 
 
 def pack(tokens: Tensor, lengths: Tensor) -> Captions:
-    """Lay captions end to end. tokens: [B, L] and lengths: [B], both on the CPU."""
+    """Pack captions end to end. tokens: [B, L] and lengths: [B], both on the CPU."""
     order = lengths.argsort(stable=True)
     lengths = lengths[order]
     real = torch.arange(tokens.shape[1]) < lengths[:, None]
@@ -110,7 +110,7 @@ def pack(tokens: Tensor, lengths: Tensor) -> Captions:
 
 
 def _group(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Group]:
-    """Groups of lengths up to 8, 16, 32, ...: side by side, no group is more than half padding."""
+    """Groups of lengths 1-8, 9-16, 17-32, ...: from 9 on, at most half of a group side by side is padding."""
     exponents = (lengths - 1).clamp(min=4).log2().floor()
     groups, caption, start = [], 0, 0
     for count in torch.unique_consecutive(exponents, return_counts=True)[1].tolist():
@@ -122,7 +122,7 @@ def _group(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Group]:
     return groups
 
 
-def _cut(tower: nn.Module, tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
+def _encode_truncated(tower: nn.Module, tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
     if not ignores_padding(tower):
         return tower(tokens)
     length = int(caption_lengths(tower, tokens).max())
@@ -130,16 +130,16 @@ def _cut(tower: nn.Module, tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
     return torch.func.functional_call(tower, {"attn_mask": mask}, (tokens[:, :length],))
 
 
-def _packed(tower: TextTransformer, tokens: Tensor, prompts: Tensor | None, choice: Tensor | None) -> Tensor:
+def _encode_packed(tower: TextTransformer, tokens: Tensor, prompts: Tensor | None, choice: Tensor | None) -> Tensor:
     device = tower.positional_embedding.device
     tokens = tokens.cpu()
     captions = _to(pack(tokens, caption_lengths(tower, tokens)), device)
     hidden = tower.token_embedding(captions.ids) + F.embedding(captions.positions, tower.positional_embedding)
     if prompts is not None:
-        which = captions.positions
+        index = captions.positions
         if choice is not None:
-            which = which + choice.to(device)[captions.rows] * prompts.shape[1]
-        hidden = hidden + F.embedding(which, prompts.flatten(0, 1))
+            index = index + choice.to(device)[captions.rows] * prompts.shape[1]
+        hidden = hidden + F.embedding(index, prompts.flatten(0, 1))
     hidden = hidden.to(tower.transformer.get_cast_dtype())
     for block in tower.transformer.resblocks:
         if tower.transformer.grad_checkpointing and torch.is_grad_enabled():
@@ -163,7 +163,7 @@ def _block(block: ResidualAttentionBlock, hidden: Tensor, groups: list[Group]) -
 
 
 def _attend(projected: Tensor, heads: int, group: Group) -> Tensor:
-    """[tokens of a group, 3 width] queries, keys and values -> [tokens, width]; each caption sees itself alone."""
+    """[tokens of a group, 3 width] queries, keys and values -> [tokens, width]: attention within each caption."""
     size = group.captions * group.width
     side_by_side = projected.new_zeros(size, projected.shape[1]).index_copy(0, group.places, projected)
     query, key, value = side_by_side.view(group.captions, group.width, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -177,8 +177,8 @@ def _to(captions: Captions, device: torch.device) -> Captions:
 
 
 @contextmanager
-def _added(tower: nn.Module, prompts: Tensor | None, choice: Tensor | None) -> Iterator[None]:
-    """Add prompts to the token embeddings, which is to add them to their sum with the positions, in every tower."""
+def _added_prompts(tower: nn.Module, prompts: Tensor | None, choice: Tensor | None) -> Iterator[None]:
+    """Add prompts to the output of the token embedding, as every tower then adds the position embeddings."""
     if prompts is None:
         yield
         return

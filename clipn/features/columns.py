@@ -1,0 +1,57 @@
+"""Random access to the columns of a feature store: fixed-size rows, and rows of varying length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clipn.features.store import Columns
+
+
+class DenseColumn:
+    """A column [N, views, D] in parts. It is held on a GPU with enough free memory; else it stays mapped from disk."""
+
+    def __init__(self, parts: Sequence[Columns], name: str, device: torch.device) -> None:
+        self.parts = [part[name] for part in parts]
+        size = sum(part.nbytes for part in self.parts)
+        if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
+            self.parts = [torch.cat([part.to(device) for part in self.parts])]
+        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def take(self, rows: Tensor, epoch: int) -> Tensor:
+        """Row numbers [b] -> [b, D], of the view epoch % views."""
+        view = epoch % self.parts[0].shape[1]
+        if len(self.parts) == 1:
+            return self.parts[0][rows.to(self.parts[0].device), view]
+        part_of_row = torch.bucketize(rows, self.ends, right=True)
+        values = self.parts[0].new_empty(len(rows), self.parts[0].shape[2])
+        for part in part_of_row.unique().tolist():
+            here = part_of_row == part
+            start = int(self.ends[part]) - len(self.parts[part])
+            values[here] = self.parts[part][rows[here] - start, view]
+        return values
+
+
+class RaggedColumn:
+    """A column of sequences, end to end: values [T, ...], and their lengths [N, views] in the column NAME_length."""
+
+    def __init__(self, parts: Sequence[Columns], name: str, longest: int) -> None:
+        self.values = torch.cat([part[name] for part in parts])
+        self.lengths = torch.cat([part[f"{name}_length"] for part in parts]).long()
+        self.starts = self.lengths.flatten().cumsum(0).view_as(self.lengths) - self.lengths
+        self.longest = longest
+
+    def take(self, rows: Tensor, epoch: int) -> Tensor:
+        """Row numbers [b] -> [b, longest, ...], padded with zeros, of the view epoch % views."""
+        view = epoch % self.lengths.shape[1]
+        lengths, starts = self.lengths[rows, view, None], self.starts[rows, view, None]
+        position = torch.arange(self.longest)
+        real = position < lengths
+        padded = self.values.new_zeros(*real.shape, *self.values.shape[1:])
+        padded[real] = self.values[(starts + position)[real]]
+        return padded
