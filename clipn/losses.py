@@ -1,4 +1,4 @@
-"""CLIPN's two losses (CLIPN, ICCV 2023, section 3.3), in float32 and stable at any margin."""
+"""CLIPN's two losses (CLIPN, ICCV 2023, section 3.3), in float32 and numerically stable for any margin."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch.utils.checkpoint import checkpoint
 def itbo_loss(
     image: Tensor, yes: Tensor, no: Tensor, logit_scale: Tensor | float, first: int = 0, block: int = 2**22
 ) -> tuple[Tensor, Tensor]:
-    """Image-text binary-opposite loss: a matched text's no loses to its yes, an unmatched text's no wins.
+    """Image-text binary-opposite loss (ITBO): returns its matched and its unmatched term, two scalars.
 
-    image: [B, D], the whole batch; yes, no: [b, D], the texts of images first .. first + b - 1 (b = B in one process);
-    all L2-normalised. logit_scale: the temperature s, not its log. block: how many margins may be held at once; more
-    of them than that are computed block by block, and again in the backward pass.
+    With d[i, j] = s (f_i . n_j - f_i . g_j), the terms are the means over the texts j of softplus(d[j, j]) and of
+    softplus(-d[i, j]) over the other B - 1 images i. If each rank has equally many texts, the mean of the terms over
+    ranks is that of the joined batch, so ranks exchange only `image`.
 
-    With d[i, j] = s (f_i . n_j - f_i . g_j), returns two scalars, the means over these b texts of
-    softplus(d[j, j]) (matched) and of softplus(-d[i, j]) over the other B - 1 images. The mean over ranks of
-    equally many texts is the loss of the joined batch, so ranks exchange only `image`.
+    image: f [B, D], the whole batch. yes, no: g and n [b, D], the texts of the images first .. first + b - 1 (b = B in
+        a single process). All are L2-normalised.
+    logit_scale: the temperature s, not its log.
+    block: the largest number of margins in memory; a larger matrix is computed in blocks, and again in the backward
+        pass.
 
     Raises ValueError for fewer than two images.
     """
@@ -30,33 +32,33 @@ def itbo_loss(
         texts = len(difference)
         matched = F.softplus(logit_scale * (image[first : first + texts] * difference).sum(dim=1)).mean()
         width = max(1, block // len(image))
+        recompute = width < texts and torch.is_grad_enabled()
         unmatched = difference.new_zeros(())
         for start in range(0, texts, width):
             part = (image, difference[start : start + width], logit_scale, first + start)
-            recompute = width < texts and torch.is_grad_enabled()
             unmatched = unmatched + (
-                checkpoint(_unmatched, *part, use_reentrant=False) if recompute else _unmatched(*part)
+                checkpoint(_unmatched_sum, *part, use_reentrant=False) if recompute else _unmatched_sum(*part)
             )
         return matched, unmatched / (texts * (len(image) - 1))
 
 
-def _unmatched(image: Tensor, difference: Tensor, logit_scale: Tensor | float, first: int) -> Tensor:
-    """The sum of softplus(-d[i, j]) over all images i but a text's own, which is first + j."""
+def _unmatched_sum(image: Tensor, difference: Tensor, logit_scale: Tensor | float, first: int) -> Tensor:
+    """The sum of softplus(-d[i, j]) over texts j and all images i but each text's own, first + j."""
     margin = logit_scale * image @ difference.T  # d: [B, b]
     columns = torch.arange(len(difference), device=image.device)
     return F.softplus(-margin).index_put((columns + first, columns), margin.new_zeros(())).sum()
 
 
 def tso_loss(yes: Tensor, no: Tensor, kind: str = "l2") -> Tensor:
-    """Text semantic-opposite loss: the yes and no features of a text are pushed apart.
+    """Text semantic-opposite loss (TSO): a scalar, the smaller the farther a text's yes and no features are apart.
 
-    yes, no: [b, D], L2-normalised. kind: "l2" is mean(2 - ||g - n||), with ||g - n|| = sqrt(2 - 2 g.n + 1e-4);
-    "cosine" is mean(1 + g.n). Raises ValueError for another kind.
+    yes, no: g and n [b, D], L2-normalised. kind: "l2" is mean(2 - sqrt(||g - n||^2 + 1e-4)), "cosine" is
+    mean(1 + g . n). Raises ValueError for another kind.
     """
     with torch.autocast(yes.device.type, enabled=False):
         yes, no = yes.float(), no.float()
         if kind == "l2":
-            # ||g - n||^2 is 2 - 2 g.n, but keeps its digits where training starts: at n = g.
+            # ||g - n||^2 equals 2 - 2 g.n, which would lose its digits where training starts, at n = g.
             return (2 - ((yes - no).square().sum(dim=-1) + 1e-4).sqrt()).mean()
         if kind == "cosine":
             return (1 + (yes * no).sum(dim=-1)).mean()

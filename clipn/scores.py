@@ -1,6 +1,7 @@
-"""OOD scores and decisions from logits. A higher score means in-distribution, for every score.
+"""OOD scores and threshold-free decisions from logits. For every score, higher means in-distribution.
 
-Each score takes logits_yes, logits_no [B, C] = scale * cosine, and returns [B]. Only MCM reads `scale`.
+Each score takes logits_yes and logits_no, [B, C] = scale * cosine, and returns [B]. Only MCM uses `scale`. Only CTW and
+ATD use logits_no.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def p_yes(logits_yes: Tensor, logits_no: Tensor) -> Tensor:
-    """[B, C]: the probability that the image holds class c rather than "no c" (CLIPN, equation 5)."""
+    """The probabilities [B, C] that the image shows class c rather than "no c" (CLIPN, ICCV 2023, equation 5)."""
     return torch.sigmoid(logits_yes - logits_no)
 
 
@@ -32,29 +33,29 @@ def energy(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 1
 
 
 def mcm(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.0) -> Tensor:
-    """Maximum concept matching: softmax of the cosines at temperature 1 (Ming et al., NeurIPS 2022)."""
+    """Maximum concept matching: maximum softmax of the cosines at temperature 1 (Ming et al., NeurIPS 2022)."""
     return (logits_yes / scale).softmax(dim=1).amax(dim=1)
 
 
 def entropy(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.0) -> Tensor:
-    """Negative entropy of the softmax, in nats: 0 for a sure image, -log C where all classes are alike.
+    """Negative entropy of the softmax, in nats: 0 if one class has probability 1, -log C for equal probabilities.
 
-    A baseline of the released code of MCM (Ming et al., NeurIPS 2022), there of the softmax of the cosines.
+    A baseline in the released code of MCM (Ming et al., NeurIPS 2022), there for the softmax of the cosines.
     """
-    log_chance = logits_yes.log_softmax(dim=1)
-    return (log_chance.exp() * log_chance).sum(dim=1)
+    log_probability = logits_yes.log_softmax(dim=1)
+    return (log_probability.exp() * log_probability).sum(dim=1)
 
 
 def variance(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.0) -> Tensor:
-    """Variance of the C softmax probabilities about their mean 1 / C, divided by C.
+    """Population variance of the C softmax probabilities, whose mean is 1 / C.
 
-    A baseline of the released code of MCM (Ming et al., NeurIPS 2022), there of the softmax of the cosines.
+    A baseline in the released code of MCM (Ming et al., NeurIPS 2022), there for the softmax of the cosines.
     """
     return logits_yes.softmax(dim=1).var(dim=1, correction=0)
 
 
 def ctw(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0) -> Tensor:
-    """Competing to win: p_yes of the most likely class (CLIPN, ICCV 2023, section 3.4)."""
+    """Competing to win: p_yes of the class with the highest logits_yes (CLIPN, ICCV 2023, section 3.4)."""
     top = logits_yes.argmax(dim=1, keepdim=True)
     return p_yes(logits_yes.gather(1, top), logits_no.gather(1, top)).squeeze(1)
 
@@ -65,14 +66,14 @@ def atd(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0) -> Tensor:
 
 
 def ctw_says_ood(logits_yes: Tensor, logits_no: Tensor) -> Tensor:
-    """[B] bool, threshold-free: p_no of the most likely class is above one half."""
+    """CTW's decision, [B] bool: p_no of the class with the highest logits_yes is above 1/2."""
     return ctw(logits_yes, logits_no) < 0.5
 
 
 def atd_says_ood(logits_yes: Tensor, logits_no: Tensor) -> Tensor:
-    """[B] bool, threshold-free: the class "unknown" is more probable than every class."""
-    known = p_yes(logits_yes, logits_no) * logits_yes.softmax(dim=1)
-    return 1 - known.sum(dim=1) > known.amax(dim=1)
+    """ATD's decision, [B] bool: the added class "unknown" is more probable than every other class."""
+    probabilities = p_yes(logits_yes, logits_no) * logits_yes.softmax(dim=1)
+    return 1 - probabilities.sum(dim=1) > probabilities.amax(dim=1)
 
 
 SCORES: dict[str, Callable[..., Tensor]] = {
