@@ -1,4 +1,4 @@
-"""A whole run as its config describes it: world, base, training, evaluation; or the evaluation alone."""
+"""A whole run as its config describes it: world, base, training, evaluation, report; or the evaluation alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from clipn.config.loading import base_config, load_config
 from clipn.config.schema import Config
 from clipn.data.pairs import open_pairs
-from clipn.evaluation.evaluate import check_texts, evaluate
+from clipn.evaluation.evaluate import check_checkpoints, check_evaluation, evaluate
 from clipn.evaluation.results import Evaluation, join
 from clipn.features.pairs import pair_features
 from clipn.model.base import get_tokenizer
@@ -21,23 +21,32 @@ from clipn.training.loop import train
 
 
 def run_training(path: str, overrides: list[str]) -> None:
-    """Train what a config file with these `key=value` words says, and evaluate it if it says on what.
+    """Train what a config file with these `key=value` overrides describes, and evaluate it if it has an eval.id.
 
     Makes the config's world first if it names one, then trains the base CLIP if the config has a `base`. Under torchrun
-    it uses every rank. Stopped, the same call goes on. Raises what training and evaluation raise.
+    it uses every rank. The same call resumes a stopped run. Raises what training and evaluation raise; errors in `eval`
+    are raised before the training.
     """
     config = load_config(path, overrides)
     with process_group(choose_device(config.run.device)):
         runs = each_seed(path, overrides)
+        check_checkpoints(config)
+        for run in runs:
+            check_evaluation(run, world_made=False)
         for run in runs:
             train_one(run)
         evaluation = evaluate_all(config, runs)
-        if is_main():
-            _finish(config, runs, evaluation)
+        if evaluation:
+            _show(config, evaluation)
+        elif is_main():
+            print(f"done: {', '.join(str(last_checkpoint(run.run.dir)) for run in runs)}")
 
 
 def run_evaluation(path: str, overrides: list[str]) -> None:
-    """Evaluate the checkpoints that a config file with these `key=value` words names. Raises what evaluation raises."""
+    """Evaluate the checkpoints that a config file with these `key=value` overrides names.
+
+    Raises what `evaluate` raises.
+    """
     config = load_config(path, overrides)
     if config.eval.id is None:
         raise ValueError(f"{path}: eval.id: names no image set to evaluate on")
@@ -45,9 +54,8 @@ def run_evaluation(path: str, overrides: list[str]) -> None:
         start_log(config.run.dir)
         make_world(config.world)
         evaluation = evaluate(config)
-        if is_main():
-            write_report(Path(config.run.dir), *evaluation, bootstrap=config.eval.bootstrap)
-            _show(config, evaluation)
+        _write(config, evaluation)
+        _show(config, evaluation)
 
 
 def run_extraction(path: str, overrides: list[str]) -> None:
@@ -77,10 +85,10 @@ def each_seed(path: str, overrides: list[str]) -> list[Config]:
 
 
 def train_one(config: Config) -> None:
-    """World, base and training of one run."""
+    """Make the world, check the evaluation's settings on it, and train the base and the model of one run."""
     start_log(config.run.dir)
-    check_texts(config)
     make_world(config.world)
+    check_evaluation(config)
     base = base_config(config)
     if base:
         start_log(base.run.dir)
@@ -90,28 +98,29 @@ def train_one(config: Config) -> None:
 
 
 def evaluate_all(config: Config, runs: list[Config]) -> Evaluation | None:
-    """Evaluate what was trained, if the config says on what; several seeds' results are joined in run.dir."""
+    """Evaluate the trained runs and write their reports, if the config has an eval.id.
+
+    The results of several seeds are joined, with a report in run.dir.
+    """
     if config.eval.id is None:
         return None
     evaluations = []
     for run in runs:
         start_log(run.run.dir)
         evaluations.append(evaluate(run))
-        if is_main():
-            write_report(Path(run.run.dir), *evaluations[-1], bootstrap=run.eval.bootstrap)
+        _write(run, evaluations[-1])
     joined = join(evaluations)
-    if config.run.seeds and is_main():
-        write_report(Path(config.run.dir), *joined, bootstrap=config.eval.bootstrap)
+    if config.run.seeds:
+        _write(config, joined)
     return joined
 
 
-def _finish(config: Config, runs: list[Config], evaluation: Evaluation | None) -> None:
-    if evaluation is None:
-        print(f"done: {', '.join(str(last_checkpoint(run.run.dir)) for run in runs)}")
-    else:
-        _show(config, evaluation)
+def _write(config: Config, evaluation: Evaluation) -> None:
+    if is_main():
+        write_report(Path(config.run.dir), evaluation, config.eval.bootstrap)
 
 
 def _show(config: Config, evaluation: Evaluation) -> None:
-    print(summary(evaluation.results))
-    print(f"done: {config.run.dir}/report.html; tables in results.md, .csv and .tex beside it")
+    if is_main():
+        print(summary(evaluation.results))
+        print(f"done: {config.run.dir}/report.html; tables in results.md, .csv and .tex beside it")

@@ -1,167 +1,164 @@
-"""Figures: histograms and ROC curves of scores, bars of the main table, samples of the image sets."""
+"""Figures: histograms and ROC curves of the scores, bars of the main table, samples of the image sets.
+
+Each function returns a matplotlib Figure without pyplot, so that the caller's backend stays as it is.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from sklearn.metrics import auc, roc_curve
 
 from clipn.data.image_sets import ImageSet
 from clipn.data.images import open_image
 from clipn.report.tables import METRICS, run_number
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
+Scores = dict[str, dict[str, np.ndarray]]  # by set and method, the ID set first
 
-Scores = dict[str, dict[str, np.ndarray]]  # by set and method
+_SAMPLES = 12  # images of each set in `draw_samples`
+_ID_COLOUR = "tab:gray"
+_OOD_COLOURS = [colour for colour in matplotlib.colors.TABLEAU_COLORS if colour != _ID_COLOUR]
+_THIN = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}
 
-_SAMPLES = 12  # pictures of each set in samples.png
-_DPI = 120
 
-
-def draw_histograms(scores: Scores, id_name: str, path: Path) -> None:
+def draw_histograms(scores: Scores) -> Figure:
     """One panel per method: the scores of the ID set (filled) and of each OOD set (lines)."""
-    figure, panels = _panels(list(scores[id_name]))
-    colours = _colours(scores, id_name)
-    for method, axis in panels.items():
-        bins = _bins(np.concatenate([s[method] for s in scores.values()]))
-        for name, by_method in scores.items():
-            inside = name == id_name
-            style = {"histtype": "stepfilled", "alpha": 0.4} if inside else {"histtype": "step", "linewidth": 1.5}
-            label = _plain(f"{name} (ID)" if inside else name)
-            weights = np.full(len(by_method[method]), 1 / len(by_method[method]))
-            axis.hist(by_method[method], bins=bins, weights=weights, label=label, color=colours[name], **style)
-        axis.set_title(_plain(method))
+    id_set, *ood_sets = scores
+    figure, panels = _panels(scores, 4.2, 3.0)
+    for method, axis in panels:
+        bins = _bins(np.concatenate([by_method[method] for by_method in scores.values()]))
+        filled = {"histtype": "stepfilled", "alpha": 0.4, "color": _ID_COLOUR, "label": _label(f"{id_set} (ID)")}
+        axis.hist(scores[id_set][method], bins, weights=_shares(scores[id_set][method]), **filled)
+        for name, colour in _colours(ood_sets):
+            line = {"histtype": "step", "linewidth": 1.5, "color": colour, "label": _label(name)}
+            axis.hist(scores[name][method], bins, weights=_shares(scores[name][method]), **line)
         axis.locator_params(axis="x", nbins=5)
     figure.supxlabel("score (higher: in-distribution)", fontsize="medium")
     figure.supylabel("share of images", fontsize="medium")
-    _legend(figure, next(iter(panels.values())))
-    _save(figure, path)
+    _add_legend(figure)
+    return figure
 
 
-def draw_roc(scores: Scores, id_name: str, path: Path) -> None:
-    """One panel per method: the ROC curve of each OOD set, ID as the positive class, and where FPR95 is read."""
-    figure, panels = _panels(list(scores[id_name]), (3.7, 3.6))
-    colours = _colours(scores, id_name)
-    for method, axis in panels.items():
-        inside = scores[id_name][method]
-        for name, by_method in scores.items():
-            if name == id_name:
-                continue
-            is_id = np.repeat([1, 0], [len(inside), len(by_method[method])])
-            fpr, tpr, _ = roc_curve(is_id, np.concatenate([inside, by_method[method]]))
-            axis.plot(fpr, tpr, color=colours[name], label=_plain(f"{_short(name, 16)} {100 * auc(fpr, tpr):.1f}"))
-        axis.axhline(0.95, color="grey", linewidth=0.8, linestyle=":")
-        axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-        axis.set(title=_plain(method), xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+def draw_roc(scores: Scores) -> Figure:
+    """One panel per method: the ROC curve of each OOD set, with ID as the positive class."""
+    id_set, *ood_sets = scores
+    figure, panels = _panels(scores, 3.7, 3.6)
+    for method, axis in panels:
+        for name, colour in _colours(ood_sets):
+            both = [scores[id_set][method], scores[name][method]]
+            fpr, tpr, _ = roc_curve(np.repeat([1, 0], list(map(len, both))), np.concatenate(both))
+            axis.plot(fpr, tpr, color=colour, label=_label(f"{_shorten(name, 16)} {100 * auc(fpr, tpr):.1f}"))
+        axis.axhline(0.95, **_THIN)
+        axis.plot([0, 1], [0, 1], **_THIN)
+        axis.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
         axis.legend(fontsize="x-small", loc="lower right", title="AUROC", title_fontsize="x-small")
-    figure.supxlabel("share of OOD images let through", fontsize="medium")
-    figure.supylabel("share of ID images kept (dotted: 95 %)", fontsize="medium")
-    _save(figure, path)
+    figure.supxlabel("share of OOD images accepted (FPR)", fontsize="medium")
+    figure.supylabel("share of ID images accepted (TPR; dotted: 95 %)", fontsize="medium")
+    return figure
 
 
-def draw_bars(results: pd.DataFrame, path: Path) -> None:
-    """The main table as bars: a panel per metric, a group per OOD set and their average, a bar per method."""
-    methods, ood_sets = list(results["method"].unique()), list(results["ood_set"].unique())
-    groups = [*ood_sets, "average"]
-    bars = len(groups) * (len(methods) + 1)
-    size = (np.clip(0.16 * bars, 8, 14), 6.5)
-    figure, axes = plt.subplots(len(METRICS), 1, figsize=size, sharex=True, layout="constrained")
-    colours = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20").colors
+def draw_bars(results: pd.DataFrame) -> Figure:
+    """The main table as bars: one panel per metric, a group per OOD set and their average, a bar per method."""
+    results = results.assign(run=run_number(results))
+    methods = list(results["method"].unique())
+    groups = [*results.groupby("ood_set", sort=False), ("average", results)]
+    names, step = [name for name, _ in groups], 1 / (len(methods) + 1)
+    width = np.clip(0.16 * len(groups) / step, 8, 14)
+    figure = Figure((width, 6.5), layout="constrained")
+    colours = matplotlib.colormaps["tab10" if len(methods) <= 10 else "tab20"].colors
+    axes = figure.subplots(len(METRICS), sharex=True)
     for metric, axis in zip(METRICS, axes, strict=True):
+        runs = [100 * rows.pivot_table(metric, "run", "method") for _, rows in groups]
         for number, method in enumerate(methods):
-            chosen = results[results["method"] == method]
-            parts = [*(chosen[chosen["ood_set"] == name] for name in ood_sets), chosen]
-            runs = [100 * part.groupby(run_number(part))[metric].mean() for part in parts]
-            places = np.arange(len(groups)) + (number - (len(methods) - 1) / 2) / (len(methods) + 1)
-            deviations = [run.std() for run in runs] if len(runs[0]) > 1 else None
-            axis.bar(
-                places, [run.mean() for run in runs], 1 / (len(methods) + 1), yerr=deviations, label=_plain(method),
-                color=colours[number % len(colours)], error_kw={"elinewidth": 0.8, "ecolor": "0.3"},
-            )  # fmt: skip
+            left = np.arange(len(groups)) + (number - (len(methods) - 1) / 2) * step
+            style = {"color": colours[number % len(colours)], "error_kw": {"elinewidth": 0.8, "ecolor": "0.3"}}
+            deviations = [run[method].std() for run in runs] if results["run"].any() else None
+            axis.bar(left, [run[method].mean() for run in runs], step, yerr=deviations, label=_label(method), **style)
         better = "higher" if metric == "AUROC" else "lower"
         axis.set(ylabel=f"{metric}, % ({better} is better)", xlim=(-0.6, len(groups) - 0.4), ylim=(0, 105))
-        axis.set_xticks(range(len(groups)), [_plain(_short(name, 18)) for name in groups])
-        axis.axvline(len(groups) - 1.5, color="grey", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(groups)), [_label(_shorten(name, 18)) for name in names])
+        axis.axvline(len(groups) - 1.5, **_THIN)
         axis.spines[["top", "right"]].set_visible(False)
-    if max(map(len, groups)) * len(groups) > 9 * size[0]:
-        plt.setp(axes[-1].get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")
-    _legend(figure, axes[0])
-    _save(figure, path)
+    if max(map(len, names)) * len(groups) > 9 * width:
+        matplotlib.artist.setp(axis.get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")
+    _add_legend(figure)
+    return figure
 
 
-def draw_samples(image_sets: Sequence[ImageSet], path: Path, seed: int = 0) -> None:
-    """A row of randomly drawn pictures of each set, with the class folder's name over it."""
+def draw_samples(image_sets: Sequence[ImageSet], seed: int = 0) -> Figure:
+    """A row of randomly drawn images of each set, with the class folder's name above each image."""
     rng = np.random.default_rng(seed)
-    shape = (len(image_sets), _SAMPLES)
-    size = (1.1 * _SAMPLES + 1.6, 1.35 * len(image_sets))
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False)
+    width, height = 1.1 * _SAMPLES + 1.6, 1.35 * len(image_sets)
+    figure = Figure((width, height))
+    axes = figure.subplots(len(image_sets), _SAMPLES, squeeze=False)
     for number, (row, images) in enumerate(zip(axes, image_sets, strict=True)):
-        chosen = rng.permutation(len(images))[:_SAMPLES]
         for axis in row:
             axis.axis("off")
-        for axis, index in zip(row, chosen, strict=False):
+        for axis, index in zip(row, rng.permutation(len(images)), strict=False):
             axis.imshow(open_image(images.paths[index]))
             if images.labels:
-                name = _short(images.classes[images.labels[index]].replace("_", " "), 16)
-                axis.set_title(_plain(name), fontsize=7, pad=2)
-        name = _plain(f"{_short(images.name, 16)}\n({'OOD' if number else 'ID'})")
+                class_name = images.classes[images.labels[index]].replace("_", " ")
+                axis.set_title(_label(_shorten(class_name, 16)), fontsize=7, pad=2)
+        name = _label(f"{_shorten(images.name, 16)}\n({'OOD' if number else 'ID'})")
         row[0].text(-0.12, 0.5, name, transform=row[0].transAxes, ha="right", va="center")
-    height = size[1]
-    edges = {"top": 1 - 0.2 / height, "bottom": 0.04 / height, "left": 1.6 / size[0], "right": 0.995}
+    edges = {"top": 1 - 0.2 / height, "bottom": 0.04 / height, "left": 1.6 / width, "right": 0.995}
     figure.subplots_adjust(**edges, hspace=0.3, wspace=0.05)
-    _save(figure, path)
+    return figure
 
 
-def _panels(methods: Sequence[str], inches: tuple[float, float] = (4.2, 3.0)) -> tuple[plt.Figure, dict[str, plt.Axes]]:
-    columns = min(3, len(methods))
-    lines = -(-len(methods) // columns)
-    size = (inches[0] * columns, inches[1] * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in list(axes.flat)[len(methods) :]:
-        axis.set_visible(False)
-    return figure, dict(zip(methods, axes.flat, strict=False))
-
-
-def _colours(scores: Scores, id_name: str) -> dict[str, tuple]:
-    """Grey for the ID set; each OOD set has one colour in all figures."""
-    palette = plt.get_cmap("tab10").colors
-    palette = [colour for number, colour in enumerate(palette) if number != 7]  # the grey
-    ood_sets = [name for name in scores if name != id_name]
-    return {id_name: (0.5, 0.5, 0.5)} | {name: palette[n % len(palette)] for n, name in enumerate(ood_sets)}
-
-
-def _legend(figure: plt.Figure, axis: plt.Axes) -> None:
-    """One legend over all panels, in as many columns as its labels leave room for."""
-    handles, labels = axis.get_legend_handles_labels()
-    room = int(figure.get_figwidth() / (0.085 * max(map(len, labels)) + 0.5))  # inches
-    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, min(room, len(labels))), frameon=False)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file. Letters that the font lacks become boxes, without a warning."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in letters that the font lacks: boxes
-        figure.savefig(path, dpi=_DPI)
-    plt.close(figure)
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(path, dpi=120)
+
+
+def _panels(scores: Scores, width: float, height: float) -> tuple[Figure, list[tuple[str, Axes]]]:
+    """A figure, and each method with its titled panel of this size in inches, three in a row."""
+    methods = list(next(iter(scores.values())))
+    columns = min(3, len(methods))
+    rows = -(-len(methods) // columns)
+    figure = Figure((width * columns, height * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, n + 1, title=_label(method)) for n, method in enumerate(methods)]
+    return figure, list(zip(methods, axes, strict=True))
+
+
+def _colours(ood_sets: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each OOD set with its colour, the same in all figures."""
+    return ((name, _OOD_COLOURS[number % len(_OOD_COLOURS)]) for number, name in enumerate(ood_sets))
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    """Histogram weights that sum to 1."""
+    return np.full(len(values), 1 / len(values))
+
+
+def _add_legend(figure: Figure) -> None:
+    """One legend for all panels above the first, in as many columns as fit."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = int(figure.get_figwidth() / (0.085 * max(map(len, labels)) + 0.5))  # inches
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, min(columns, len(labels))), frameon=False)
 
 
 def _bins(values: np.ndarray, count: int = 40) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
-    if high - low < 1e-5 * max(abs(low), abs(high), 1e-5):  # all but equal, as saturated scores are
+    if high - low < 1e-5 * max(abs(low), abs(high), 1e-5):  # nearly equal, as saturated scores are
         low, high = low - 0.5, high + 0.5
     return np.linspace(low, high, count + 1)
 
 
-def _short(text: str, length: int) -> str:
+def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
-def _plain(text: str) -> str:
-    """Text in which matplotlib sees no formula, and no label to hide."""
+def _label(text: str) -> str:
+    """Text in which matplotlib sees no formula ($) and no label to hide (leading _)."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

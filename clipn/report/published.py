@@ -1,4 +1,4 @@
-"""Figures that others report, from published.yaml, for the image sets that were measured here."""
+"""Results that others published, read from published.yaml for the image sets that were measured here."""
 
 from __future__ import annotations
 
@@ -16,35 +16,28 @@ Pair = tuple[float, float]  # AUROC and FPR95 in percent
 
 @dataclass(frozen=True)
 class Published:
-    """One method's row of a published table, and where it was read."""
+    """One method's row of a published table, and its source."""
 
     method: str
-    model: str
-    source: str
+    source: str  # method, model, where the row was read, note
     url: str
-    figures: dict[str, Pair]  # by the measured OOD set's name
+    results: dict[str, Pair]  # by the measured OOD set's name
     average: Pair
-    note: str = ""
-
-    def about(self) -> str:
-        """The model and the source, in words."""
-        return f"{self.model}; {self.source}" + (f" ({self.note})" if self.note else "")
 
 
-def published_for(id_set: str, ood_sets: Sequence[str], path: Path = PUBLISHED) -> list[Published]:
-    """The published rows for this ID set whose every OOD set was measured too.
+def published_for(id_set: str, ood_sets: Sequence[str]) -> list[Published]:
+    """The published rows for this ID set whose every OOD set was measured too, in the order of `ood_sets`.
 
-    Names match without regard to case, punctuation and a plural s. The figures come in the order of `ood_sets`.
+    Names match without regard to case, punctuation and a plural s.
     """
-    measured = {_key(name): name for name in ood_sets}
     rows = []
-    for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
-        figures = {_key(name): tuple(pair) for name, pair in entry["figures"].items()}
-        if _key(entry["id_set"]) != _key(id_set) or not figures.keys() <= measured.keys():
-            continue
-        here = {name: figures[key] for key, name in measured.items() if key in figures}
-        rest = (tuple(entry["average"]), entry.get("note", ""))
-        rows.append(Published(entry["method"], entry["model"], entry["from"], entry["url"], here, *rest))
+    for entry in yaml.safe_load(PUBLISHED.read_text(encoding="utf-8")):
+        pairs = {_key(name): tuple(pair) for name, pair in entry["results"].items()}
+        if _key(entry["id_set"]) == _key(id_set) and pairs.keys() <= {_key(name) for name in ood_sets}:
+            results = {name: pairs[_key(name)] for name in ood_sets if _key(name) in pairs}
+            note = f" ({entry['note']})" if "note" in entry else ""
+            source = f"{entry['method']}: {entry['model']}; {entry['from']}{note}"
+            rows.append(Published(entry["method"], source, entry["url"], results, tuple(entry["average"])))
     return rows
 
 
