@@ -6,8 +6,8 @@
 # Exit code 75: stopped on request, the same command resumes.
 root=$(cd "$(dirname "$0")" && pwd) || exit 1
 . "$root/scripts/setup.sh"
-set_up "$root" requirements.txt ''
+set_up "$root" requirements.txt
 
-export CLIPN_PROGRAM="${NPROC:+NPROC=$NPROC }sh $0"
+export CLIPN_PROGRAM="$0" # for the command that a stopped run prints
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 exec "$PYTHON" -m clipn train "$@"

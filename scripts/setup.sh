@@ -1,10 +1,36 @@
-# Sourced by run.sh and scripts/test.sh. `set_up ROOT REQUIREMENTS EXTRA_IMPORTS` leaves in $PYTHON a Python that has
-# the packages of ROOT/REQUIREMENTS: the Python at hand if it has them all, else ROOT/.venv, which is made once.
+# Sourced by run.sh and scripts/test.sh. `set_up ROOT REQUIREMENTS` sets $PYTHON to a Python that has the packages of
+# ROOT/REQUIREMENTS: ROOT/.venv or the Python on PATH if it has them all, else ROOT/.venv, which is created once.
 
-needed='import torch, torchvision, open_clip, numpy, sklearn, pandas, PIL, safetensors, omegaconf, yaml, matplotlib, tqdm, fsspec, aiohttp, jinja2'
-
+# has_all PYTHON FILE: whether this Python is 3.10 or later and has every package of a requirements file installed.
+# Gradio may be missing: only `clipn demo` needs it.
 has_all() {
-    command -v "$1" >/dev/null 2>&1 && "$1" -c "import sys; assert sys.version_info >= (3, 10); $needed; $2" >/dev/null 2>&1
+    command -v "$1" >/dev/null 2>&1 && "$1" - "$2" <<'END'
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def missing(file):
+    for line in file.read_text().splitlines():
+        if line.startswith("-r "):
+            yield from missing(file.with_name(line[3:].strip()))
+        elif line and not line.startswith("#"):
+            names = re.findall(r"^[\w.-]+", line) + ["aiohttp"] * ("[http]" in line)
+            yield from (name for name in names if name != "gradio" and not installed(name))
+
+
+def installed(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if sys.version_info < (3, 10):
+    sys.exit("needs Python 3.10 or later")
+sys.exit(", ".join(missing(Path(sys.argv[1]))) or 0)
+END
 }
 
 new_enough() {
@@ -14,7 +40,7 @@ new_enough() {
 set_up() {
     venv=$1/.venv
     for PYTHON in "$venv/bin/python" python python3; do
-        if has_all "$PYTHON" "$3"; then return; fi
+        if has_all "$PYTHON" "$1/$2" 2>/dev/null; then return; fi
     done
     echo "setting up $venv (this downloads PyTorch with its CUDA libraries, about 3 GB, and takes some minutes)" >&2
     if command -v uv >/dev/null 2>&1; then
@@ -33,9 +59,8 @@ set_up() {
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$1/$2" -e "$1" || exit 1
     fi
     PYTHON=$venv/bin/python
-    if ! has_all "$PYTHON" "$3"; then
-        "$PYTHON" -c "$needed; $3"
-        echo "error: $venv lacks what $2 names; delete it and try again" >&2
+    if ! has_all "$PYTHON" "$1/$2"; then
+        echo "error: $venv lacks packages of $2, named above; delete it and try again" >&2
         exit 1
     fi
 }

@@ -2,6 +2,6 @@
 # sh scripts/test.sh [pytest arguments]: sets up if needed, then runs the linter and the tests.
 cd "$(dirname "$0")/.." || exit 1
 . scripts/setup.sh
-set_up . requirements-dev.txt 'import pytest, hypothesis, ruff, importlinter, onnx, onnxscript, onnxruntime, playwright, httpx'
+set_up . requirements-dev.txt
 
 "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . && exec "$PYTHON" -m pytest "$@"
