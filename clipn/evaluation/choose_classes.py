@@ -1,6 +1,6 @@
 """`clipn classes`: the class folders that a base CLIP classifies best on held-out pairs.
 
-A held-out pair counts for a class if its caption holds the name of that class and of no other.
+A held-out pair belongs to a class if its caption holds the name of that class and of no other.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from clipn.data.prompts import simple_templates
 from clipn.data.shards import ShardPairs
 from clipn.data.storage import expand_patterns
 from clipn.model.base import get_tokenizer
-from clipn.model.checkpoint import read_checkpoint
-from clipn.model.clipn import load_model
 from clipn.model.head import build_head
+from clipn.model.weights import open_model
 
 
 def run_choice(checkpoint: str, pairs: str, classes: str, number: int) -> None:
     """Print the accuracy of every class folder below `classes`, best first, and the `number` best as YAML."""
+    if not Path(classes).is_dir():
+        raise FileNotFoundError(f"--classes={classes!r}: no such folder")
     folders = sorted(entry.name for entry in Path(classes).iterdir() if entry.is_dir())
     accuracy = class_accuracy(checkpoint, ShardPairs(expand_patterns(pairs)), folders)
     print(accuracy.to_string())
@@ -32,19 +33,19 @@ def run_choice(checkpoint: str, pairs: str, classes: str, number: int) -> None:
 
 @torch.inference_mode()
 def class_accuracy(checkpoint: str, pairs: ShardPairs, folders: list[str]) -> pd.DataFrame:
-    """Per class folder: the share of its held-out pairs that is put into it, and how many there are; best first."""
-    content = read_checkpoint(checkpoint)
-    model = load_model(content, checkpoint, content["architecture"]).eval()
+    """Accuracy and number of held-out pairs of each class folder, best first."""
+    model = open_model(checkpoint).eval()
     names = [folder.replace("_", " ") for folder in folders]
     head = build_head(model, get_tokenizer(model.architecture), names, simple_templates())
     transform = val_transform(model.preprocess)
     patterns = [re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in names]
     rows = []
     for number in range(len(pairs)):
-        named = [label for label, pattern in enumerate(patterns) if pattern.search(pairs[number].caption)]
-        if len(named) == 1:
-            logits, _ = head(model.encode_image(transform(open_image(pairs[number].image))[None]))
-            rows.append((folders[named[0]], float(logits.argmax() == named[0])))
+        pair = pairs[number]
+        labels = [label for label, pattern in enumerate(patterns) if pattern.search(pair.caption)]
+        if len(labels) == 1:
+            logits, _ = head(model.encode_image(transform(open_image(pair.image))[None]))
+            rows.append((folders[labels[0]], float(logits.argmax() == labels[0])))
     table = pd.DataFrame(rows, columns=["class", "accuracy"]).groupby("class")["accuracy"].agg(["mean", "size"])
     table.columns = ["accuracy", "pairs"]
     return table.sort_values(["accuracy", "pairs"], ascending=False)
