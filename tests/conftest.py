@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import logging
 import lzma
-import threading
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,6 @@ import torch
 from helpers import numbered_samples, write_shard
 
 from clipn.config.schema import DataConfig
-from clipn.data.known_sets import KNOWN_SETS, KnownSet
 from clipn.model.base import build_base
 from clipn.model.checkpoint import write_checkpoint
 from clipn.model.clipn import CLIPN
@@ -82,38 +77,6 @@ def settings(tmp_path):
         return DataConfig(shards=shards, index_dir=str(tmp_path / "index"), workers=more.pop("workers", 0), **more)
 
     return _settings
-
-
-@pytest.fixture
-def known(monkeypatch):
-    """Puts a row of small numbers into the table: the set "name", by default of 4 images in 2 class folders."""
-
-    def _known(name, **more):
-        row = replace(KNOWN_SETS[name], md5=None, images=4, classes=2) if name in KNOWN_SETS else None
-        row = row or KnownSet("Small", "sets/small", 4, 2, "a/<image>.jpg", "https://example.org/small")
-        monkeypatch.setitem(KNOWN_SETS, name, replace(row, **more))
-
-    return _known
-
-
-@pytest.fixture
-def web(tmp_path):
-    """A folder, and the address of a server of this machine that shows it."""
-    folder = tmp_path / "web"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-        def send_header(self, key, value):
-            short = self.path == "/short.tar" and key == "Content-Length"
-            super().send_header(key, str(int(value) + 100) if short else value)
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 from helpers import write_images
 from open_clip import IMAGENET_CLASSNAMES
 
-from clipn import known_sets
 from clipn.config.loading import load_config
 from clipn.data.image_sets import open_image_sets, open_known_set
 from clipn.data.known_sets import KNOWN_SETS, expected_tree, known_set
@@ -16,58 +15,41 @@ from clipn.data.prompts import load_class_names
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROTOCOLS = sorted(CONFIGS.glob("eval_*.yaml"))
+WHOLE = ("a/1.png", "a/2.png", "b/1.png", "b/2.png")
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """A known set of 4 images in 2 class folders, named "small"; flat with classes=None, and so on."""
+    """A known set of 4 images in 2 class folders, named "small"; other fields by keyword."""
 
-    def _small(**more):
+    def _small(**fields):
         row = replace(KNOWN_SETS["textures"], title="Small", images=4, classes=2, example="a/<image>.png")
-        monkeypatch.setitem(known_sets.KNOWN_SETS, "small", replace(row, **more))
+        monkeypatch.setitem(KNOWN_SETS, "small", replace(row, **fields))
 
     _small()
     return _small
 
 
-WHOLE = ("a/1.png", "a/2.png", "b/1.png", "b/2.png")
-
-
 # The table
 
 
-def test_every_row_says_where_it_lies_and_who_publishes_it():
+def test_every_set_has_a_place_and_a_source():
     for name, known in KNOWN_SETS.items():
         assert known.images > 0 and known.page.startswith("http") and known.example, name
         assert not Path(known.folder).is_absolute() and ".." not in known.folder, name
-        assert known.url or known.archive, f"{name} can neither be fetched nor put in place"
-        assert known.md5 is None or len(known.md5) == 32, name
+        assert known.url or known.archive, f"{name} can neither be downloaded nor put in place"
+        assert known.md5 is None or len(known.md5) == 32 and int(known.md5, 16), name
     folders = [known.folder for known in KNOWN_SETS.values() if not known.subset]
     assert len(set(folders)) == len(folders)
 
 
-def test_the_published_numbers():
-    assert {name: (known.images, known.classes) for name, known in KNOWN_SETS.items()} == {
-        "imagenet": (50000, 1000),
-        "imagenet100": (5000, 100),
-        "inaturalist": (10000, None),
-        "sun": (10000, None),
-        "places": (10000, None),
-        "textures": (5640, 47),
-        "imagenet-o": (2000, 200),
-        "openimage-o": (17632, None),
-        "ninco": (5879, 64),
-        "ssb-hard": (49000, 980),
-        "cifar10": (10000, 10),
-        "cifar100": (10000, 100),
-        "svhn": (26032, 10),
-        "tiny-imagenet": (10000, 200),
-        "lsun": (10000, None),
-    }
-    assert known_set("textures").layout == "47 class folders" and known_set("sun").layout == "flat"
+def test_a_set_based_on_another_keeps_its_source():
+    imagenet, subset = known_set("imagenet"), known_set("imagenet100")
+    assert (subset.folder, subset.archive, subset.md5) == (imagenet.folder, imagenet.archive, imagenet.md5)
+    assert (subset.images, subset.classes, len(set(subset.subset))) == (5000, 100, 100) and not imagenet.subset
 
 
-def test_an_unknown_name_is_told_with_the_known_ones():
+def test_an_unknown_name_is_reported_with_the_choices():
     with pytest.raises(ValueError, match=r"'imagnet'.*imagenet, imagenet100.*lsun"):
         known_set("imagnet")
 
@@ -76,30 +58,28 @@ def test_the_expected_tree_is_one_line_with_the_source():
     text = expected_tree("imagenet", "/data/imagenet/val")
     for part in ("50000 images", "1000 class folders", "/data/imagenet/val/n01440764/ILSVRC2012_val", "image-net.org"):
         assert part in text
-    assert "prepare_data.py imagenet --root" in text and "\n" not in text
+    assert "clipn prepare imagenet --root" in text and "\n" not in text
 
 
-def test_imagenet_100_has_names_of_its_own_classes():
+def test_imagenet_100_has_a_name_for_each_of_its_folders(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
     subset = known_set("imagenet100").subset
-    names = json.loads((CONFIGS / "imagenet100_names.json").read_text())
-    assert list(names) == sorted(subset) and len(set(subset)) == 100
-    assert set(names.values()) <= set(IMAGENET_CLASSNAMES) and len(set(names.values())) == 100
-    assert (names["n01498041"], names["n02134084"], names["n13052670"]) == (
-        "stingray",
-        "polar bear",
-        "hen of the woods mushroom",
-    )
+    words = json.loads((CONFIGS / "imagenet100_names.json").read_text())
+    assert list(words) == sorted(subset) and set(words.values()) <= set(IMAGENET_CLASSNAMES)
+    assert (words["n02134084"], words["n13052670"]) == ("polar bear", "hen of the woods mushroom")
+    names = load_class_names(load_config("configs/eval_imagenet100.yaml").eval.class_names, subset)
+    assert len(set(names)) == 100 and names[:2] == ["stingray", "ostrich"]
 
 
 # Opening one
 
 
-def test_a_whole_set_opens_as_any_other(small, tmp_path):
+def test_a_complete_set_opens_as_any_other(small, tmp_path):
     images = open_known_set("mine", "small", write_images(tmp_path, *WHOLE))
     assert (images.name, images.classes, images.labels) == ("mine", ["a", "b"], [0, 0, 1, 1])
 
 
-def test_a_flat_set_opens_however_deep_its_images_lie(small, tmp_path):
+def test_a_flat_set_opens_at_any_depth(small, tmp_path):
     small(classes=None)
     for folder, names in (("top", "abcd"), ("below", ["images/a", "images/b", "images/c", "images/d"])):
         root = write_images(tmp_path / folder, *(f"{name}.png" for name in names))
@@ -114,36 +94,26 @@ def test_a_flat_set_opens_however_deep_its_images_lie(small, tmp_path):
         (("a/1.png", "a/2.png", "a/3.png", "a/4.png"), "found 4 images in 1 class folders"),
         (("1.png", "2.png", "3.png", "4.png"), "the 4 images in .* are not sorted into class folders"),
         ((), "no image in"),
+        (None, "no such folder"),
     ],
 )
-def test_half_a_set_is_an_error_that_says_what_was_published(small, tmp_path, names, message):
-    root = write_images(tmp_path / "small", *names)
-    with pytest.raises(ValueError, match=f"image set 'mine'.*{message}") as error:
+def test_an_incomplete_set_is_an_error_with_the_published_numbers(small, tmp_path, names, message):
+    root = tmp_path / "set" if names is None else write_images(tmp_path / "set", *names)
+    with pytest.raises(FileNotFoundError if names is None else ValueError, match=f"'mine'.*{message}") as error:
         open_known_set("mine", "small", root)
-    for part in (
-        str(root),
-        "4 images in 2 class folders",
-        f"{root}/a/<image>.png",
-        "prepare_data.py small",
-        "vgg/data",
-    ):
+    for part in (str(root), "4 images in 2 class folders", f"{root}/a/<image>.png", "clipn prepare small", "vgg/data"):
         assert part in str(error.value), part
     assert "\n" not in str(error.value), "the command line shows one line"
 
 
-def test_a_missing_set_is_an_error_that_says_where_to_get_it(small, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"'mine'.*no such folder.*gone.*4 images in 2 class.*prepare_data\.py"):
-        open_known_set("mine", "small", tmp_path / "gone")
-
-
-def test_imagenet_in_one_heap_is_explained(tmp_path):
+def test_imagenet_without_class_folders_is_explained(tmp_path):
     root = write_images(tmp_path / "val", "ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG")
     for name in ("imagenet", "imagenet100"):
         with pytest.raises(ValueError, match=rf"not sorted into class folders.*{name} --root DIR unpacks and sorts it"):
             open_known_set("ImageNet-1K", name, root)
 
 
-def test_a_published_subset_is_taken_from_the_whole(small, tmp_path):
+def test_a_published_subset_is_selected_from_the_folder(small, tmp_path):
     root = write_images(tmp_path, *WHOLE, "c/1.png")
     small(subset=("a", "b"))
     assert open_known_set("mine", "small", root).classes == ["a", "b"]
@@ -155,10 +125,8 @@ def test_a_published_subset_is_taken_from_the_whole(small, tmp_path):
 
 def test_a_config_names_a_known_set_beside_its_path(small, tmp_path):
     root = str(write_images(tmp_path, *WHOLE))
-    (whole, some) = open_image_sets(
-        {"all": {"path": root, "known": "small"}, "some": {"path": root, "known": "small", "exclude": ["a"]}},
-        "eval.ood",
-    )
+    entry = {"path": root, "known": "small"}
+    whole, some = open_image_sets({"all": entry, "some": {**entry, "exclude": ["a"]}}, "eval.ood")
     assert (len(whole), some.classes, len(some)) == (4, ["b"], 2)
     for wrong in ("smal", "", ["small"], 3):
         with pytest.raises(ValueError, match=r"eval\.ood\.all\.known=.*: expected one of imagenet, .*small"):
@@ -173,39 +141,29 @@ def test_a_config_names_a_known_set_beside_its_path(small, tmp_path):
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
 def test_a_protocol_names_known_sets_in_their_folders(path):
     config = load_config(path, ["data.root=/data"])
-    assert f"--config configs/{path.name}" in path.read_text().split("\nrun:")[0], "it opens with its command"
+    comments = path.read_text().split("\nrun:")[0]
+    assert f"configs/{path.name}" in comments, "it opens with its command"
     sets = {**config.eval.id, **config.eval.ood}
-    for name, entry in sets.items():
-        if path.stem != "eval_own":
-            assert entry["path"] == f"/data/{known_set(entry['known']).folder}", name
+    if path.stem != "eval_own":
+        (prepared,) = [line for line in comments.splitlines() if "clipn prepare" in line]
+        assert {entry["known"] for entry in sets.values()} == set(prepared.split()[3:-2])
+        assert all(entry["path"] == f"/data/{known_set(entry['known']).folder}" for entry in sets.values())
     with pytest.raises(FileNotFoundError, match="no such folder: /data"):
         open_image_sets(config.eval.id, "eval.id")
 
 
 def test_the_protocols_are_those_of_the_papers():
-    found = {}
-    for path in PROTOCOLS:
-        settings = load_config(path).eval
-        found[path.stem] = [
-            entry.get("known") for entry in [*settings.id.values(), *settings.ood.values()] if "known" in entry
-        ]
     mos, small = ["inaturalist", "sun", "places", "textures"], ["svhn", "textures", "tiny-imagenet", "lsun"]
-    assert found == {
+    settings = {path.stem: load_config(path).eval for path in PROTOCOLS if path.stem != "eval_own"}
+    assert {
+        name: [entry["known"] for entry in [*sets.id.values(), *sets.ood.values()]] for name, sets in settings.items()
+    } == {
         "eval_imagenet": ["imagenet", *mos],
         "eval_imagenet_hard": ["imagenet", "imagenet-o", "openimage-o", "ninco", "ssb-hard"],
         "eval_imagenet100": ["imagenet100", *mos],
         "eval_cifar10": ["cifar10", "cifar100", *small],
         "eval_cifar100": ["cifar100", "cifar10", *small],
-        "eval_own": [],
     }
-
-
-def test_the_names_of_imagenet_100_fit_its_folders(monkeypatch):
-    monkeypatch.chdir(CONFIGS.parent)
-    names = load_class_names(
-        load_config("configs/eval_imagenet100.yaml").eval.class_names, known_set("imagenet100").subset
-    )
-    assert len(names) == 100 and names[:2] == ["stingray", "ostrich"]
 
 
 def test_the_own_folders_of_the_example_work_as_described(tmp_path):

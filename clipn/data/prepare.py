@@ -1,26 +1,27 @@
 """`clipn prepare`: download, unpack and check the known image sets.
 
-Archives are kept in ROOT/downloads. A set that needs a login has to be put there by hand; the error names the file.
+Archives are kept in ROOT/downloads. The archive of a set that needs a login has to be put there by hand.
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
 import os
 import re
 import shutil
 import sys
 import tarfile
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import fsspec
+from fsspec.callbacks import TqdmCallback
 from torchvision import datasets
 from torchvision.datasets import imagenet
+from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
 from clipn.data.image_sets import open_image_set, open_known_set
@@ -29,16 +30,18 @@ from clipn.runtime.files import atomic_write
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
-# Sets that are published as arrays; torchvision fetches and reads them.
+# Sets that are published as arrays; torchvision downloads and reads them.
 ARRAYS: dict[str, Callable[[Path], Any]] = {
     "cifar10": lambda folder: datasets.CIFAR10(folder, train=False, download=True),
     "cifar100": lambda folder: datasets.CIFAR100(folder, train=False, download=True),
     "svhn": lambda folder: datasets.SVHN(folder, split="test", download=True),
 }
 
+_TIMEOUT = 60.0  # seconds that a download may stall
+
 
 def run_prepare(names: Sequence[str], root: str | Path, mapping: str | None = None, only_list: bool = False) -> None:
-    """Prepare the named sets below `root`, or print what is known of them (of all, if none is named).
+    """Prepare the named sets below `root`, or print the description of each (of all, if none is named).
 
     Raises ValueError for an unknown name, before any work, and at the end for sets that are not ready.
     """
@@ -65,27 +68,27 @@ def describe(name: str, root: Path) -> str:
     """A set's expected tree, numbers, source and terms, in a few lines."""
     known = known_set(name)
     by_hand = f"by hand, as {root / 'downloads' / known.archive}" if known.archive else "by hand"
-    rows = [
-        ("tree", f"{root / known.folder}/{known.example}"),
-        ("images", f"{known.images}, {known.layout}"),
-        ("page", known.page),
-        ("file", known.url or by_hand),
-        ("terms", known.terms),
-        ("note", known.note),
-    ]
-    return "\n".join([f"{name}: {known.title}", *(f"  {key:7}{value}" for key, value in rows if value)])
+    rows = {
+        "tree": f"{root / known.folder}/{known.example}",
+        "images": f"{known.images}, {known.layout}",
+        "page": known.page,
+        "file": known.url or by_hand,
+        "terms": known.terms,
+        "note": known.note,
+    }
+    return "\n".join([f"{name}: {known.title}", *(f"  {key:7}{value}" for key, value in rows.items() if value)])
 
 
 def prepare(name: str, root: str | Path, mapping: str | Path | None = None) -> None:
-    """Make the set in its folder below `root`, if it is not there, and check its numbers.
+    """Create the set in its folder below `root`, if it is not there, and check its numbers.
 
     Raises FileNotFoundError for an archive or mapping that has to be put there by hand, ValueError for a file that is
-    not the published one and for a set that is not whole, OSError for a download or a disk that fails.
+    not the published one and for an incomplete set, OSError for a download or a disk that fails.
     """
     known, root = known_set(name), Path(root)
     folder, downloads = root / known.folder, root / "downloads"
     if not folder.exists():
-        _make(name, known, root, downloads)
+        _create(name, known, root, downloads)
     if known.labels and (folder / "images").is_dir():
         sort_into_classes(folder, read_mapping(folder / known.labels))
     elif known.folder == KNOWN_SETS["imagenet"].folder and not open_image_set(name, folder).classes:
@@ -93,29 +96,35 @@ def prepare(name: str, root: str | Path, mapping: str | Path | None = None) -> N
     try:
         open_known_set(name, name, folder)
     except ValueError as error:
-        raise ValueError(f"{error}; move {folder} away to have it made anew") from error
+        raise ValueError(f"{error}; move {folder} away to create it again") from error
 
 
 def download(url: str, path: str | Path, md5: str | None = None) -> None:
-    """Fetch a file, whole or not at all. Raises OSError, or ValueError where its checksum is another."""
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (CLIPN)"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response, atomic_write(path) as file:
-            size = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=Path(path).name, disable=None) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-            if file.tell() < size:
-                raise OSError(f"the connection ended after {file.tell()} of {size} bytes")
+    """Download a file, complete or not at all. Raises OSError, or ValueError for another MD5.
+
+    torchvision's download_url has no time limit, takes a file that ends early, and falls back from https to http.
+    """
+    options = {
+        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT),
+        "headers": {"User-Agent": "Mozilla/5.0 (CLIPN)", "Accept-Encoding": "identity"},
+        "auto_decompress": False,
+        "trust_env": True,  # proxies
+    }
+    bar = TqdmCallback({"unit": "B", "unit_scale": True, "desc": Path(path).name, "disable": None})
+    with atomic_write(path) as file, bar:
+        try:
+            files, name = fsspec.core.url_to_fs(url, client_kwargs=options)
+            files.get_file(name, file, callback=bar)
             file.flush()
-            _check_md5(file.name, md5, url)
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"{url}: {str(error) or type(error).__name__}") from error
+        except FileNotFoundError as error:
+            raise OSError(f"{url}: no such file") from error
+        except Exception as error:  # aiohttp and fsspec raise many kinds
+            raise OSError(f"{url}: {str(error) or type(error).__name__}") from error
+        _check_md5(file.name, md5, url)
 
 
 def unpack(archive: str | Path, folder: str | Path) -> None:
-    """Unpack a tar or zip file into a folder. Raises ValueError for a broken one, or one that reaches outside."""
+    """Unpack a tar or zip file. Raises ValueError for a broken one, or one with a path outside of the folder."""
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -130,19 +139,19 @@ def unpack(archive: str | Path, folder: str | Path) -> None:
                 content.extractall(folder, filter="data")
         shutil.rmtree(folder / "__MACOSX", ignore_errors=True)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"{archive}: no whole tar or zip file, delete it and fetch it again: {error}") from error
+        raise ValueError(f"{archive}: not a complete tar or zip file, delete it and run this again: {error}") from error
 
 
-def write_class_folders(pictures: Iterable[tuple[Any, int]], classes: Sequence[str], folder: str | Path) -> None:
+def write_class_folders(images: Iterable[tuple[Any, int]], classes: Sequence[str], folder: str | Path) -> None:
     """Write (image, label) pairs as folder/<class>/<number>.png."""
-    for number, (image, label) in enumerate(tqdm(pictures, desc=str(folder), disable=None)):
+    for number, (image, label) in enumerate(tqdm(images, desc=str(folder), disable=None)):
         path = Path(folder) / classes[label] / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
 
 
 def read_mapping(path: str | Path) -> dict[str, str]:
-    """{image name without suffix: class} from lines that hold both, in whatever form.
+    """{image name without suffix: class} from lines that hold both, in any form.
 
     Tiny ImageNet's val_annotations.txt, Kaggle's LOC_val_solution.csv and the script valprep.sh are such files. Raises
     FileNotFoundError for a missing file, ValueError for one without such a line.
@@ -158,37 +167,37 @@ def read_mapping(path: str | Path) -> dict[str, str]:
 
 
 def sort_into_classes(folder: str | Path, labels: dict[str, str]) -> None:
-    """Move the images of a folder into one folder per class; stopped, the same call goes on.
+    """Move the images of a folder into one folder per class; after an interruption, the same call completes it.
 
     Raises ValueError, before anything is moved, for an image without a class.
     """
     folder = Path(folder)
-    loose = [path for path in open_image_set("loose", folder).paths if labels.get(path.stem) != path.parent.name]
-    for path in loose:
+    unsorted = [path for path in open_image_set("unsorted", folder).paths if labels.get(path.stem) != path.parent.name]
+    for path in unsorted:
         if path.stem not in labels:
             raise ValueError(f"{path}: the mapping has no class for it, but {len(labels)} others")
-    for path in loose:
+    for path in unsorted:
         target = folder / labels[path.stem] / path.name
         target.parent.mkdir(exist_ok=True)
         os.replace(path, target)
-    for left in [entry for entry in folder.iterdir() if entry.is_dir() and not any(entry.iterdir())]:
-        left.rmdir()
+    for empty in [entry for entry in folder.iterdir() if entry.is_dir() and not any(entry.iterdir())]:
+        empty.rmdir()
 
 
-def _make(name: str, known: KnownSet, root: Path, downloads: Path) -> None:
-    """Unpack the set beside its place, and move it there when all of it is on disk."""
+def _create(name: str, known: KnownSet, root: Path, downloads: Path) -> None:
+    """Unpack the set in a staging folder, and move it to its place when it is complete."""
     staging = root / f".{name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
+        source = staging
         if known.archive:
             unpack(_fetch(known, downloads), staging)
-            place = staging / known.inside if (staging / known.inside).is_dir() else staging
+            source = staging / known.inside if (staging / known.inside).is_dir() else staging
         else:
-            place = staging
-            pictures = _read_arrays(name, downloads)
-            write_class_folders(pictures, getattr(pictures, "classes", "0123456789"), place)
+            images = _read_arrays(name, downloads)
+            write_class_folders(images, getattr(images, "classes", "0123456789"), staging)
         (root / known.folder).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(place, root / known.folder)
+        os.replace(source, root / known.folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -208,7 +217,7 @@ def _fetch(known: KnownSet, downloads: Path) -> Path:
 def _read_arrays(name: str, downloads: Path) -> Any:
     try:
         return ARRAYS[name](downloads)
-    except RuntimeError as error:  # torchvision's word for a file that is not the published one
+    except RuntimeError as error:  # torchvision raises it for a file that is not the published one
         raise ValueError(f"{downloads}: {error}") from error
 
 
@@ -229,11 +238,5 @@ def _imagenet_labels(downloads: Path, mapping: str | Path | None) -> dict[str, s
 
 
 def _check_md5(path: str | Path, md5: str | None, source: Any) -> None:
-    if md5 is None:
-        return
-    digest = hashlib.md5()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != md5:
-        raise ValueError(f"{source}: not the published file: its MD5 is {digest.hexdigest()}, expected {md5}")
+    if md5 and (actual := calculate_md5(path)) != md5:
+        raise ValueError(f"{source}: not the published file: its MD5 is {actual}, expected {md5}")

@@ -1,4 +1,4 @@
-"""Where each pair lies in its webdataset shard: read once from the tar headers, then remembered."""
+"""Image-caption pairs in webdataset shards, read by random access through an index of the tar headers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from clipn.data.storage import Location, is_url, open_stream, read_range, version_of, with_retries
 from clipn.runtime.distributed import barrier, is_main
 from clipn.runtime.files import atomic_write
+from clipn.runtime.signals import StalledRead
 
 CAUSES = (
     "unreadable file",
@@ -29,156 +30,13 @@ CAUSES = (
     "huge image",
     "broken image",
 )
-
-log = logging.getLogger(__name__)
-
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 FAULTS = ("truncated shard", "image or caption missing", "duplicate key")  # what an index can find
-_FORMAT = 3  # of the remembered files; a new number forgets the old ones
-_COLUMNS = ("image_start", "image_size", "txt_start", "txt_size", "json_start", "json_size")
 
+_FORMAT = 3  # of the cached indexes; a new number ignores the old ones
+_ABSENT = (-1, 0)  # start and size of a file that a pair lacks
 
-class ShardIndex(NamedTuple):
-    """One row per pair, in the order of the shards. Starts and sizes are bytes in the tar file."""
-
-    shard: np.ndarray
-    image_start: np.ndarray
-    image_size: np.ndarray
-    text_start: np.ndarray
-    text_size: np.ndarray
-    text_is_json: np.ndarray
-    faults: dict[str, int]  # how often each of FAULTS was found, if it was
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-
-class Scan(NamedTuple):
-    """What a shard's headers say."""
-
-    table: np.ndarray  # int64 [6, pairs], rows as _COLUMNS, -1 for an absent caption file
-    faults: np.ndarray  # int64 [3], as FAULTS
-
-
-def index_shards(paths: Sequence[Location], prefer: str, index_dir: str | None = None) -> ShardIndex:
-    """Index every shard, from memory where the file has not changed since.
-
-    prefer: "txt" takes a pair's .txt as its caption and its .json only if there is none; "json" takes the .json.
-    index_dir: where indexes are remembered; None is the user's cache folder. Under many ranks, rank 0 does the work.
-    Raises ValueError for a file that is no tar, or when there is no pair in any shard.
-    """
-    folder = Path(index_dir) if index_dir else _cache_home() / "clipn" / "shards"
-    if not is_main():
-        barrier()
-    scans = _remembered(paths, folder)
-    if is_main():
-        barrier()
-    for path, scan in zip(paths, scans, strict=True):
-        found = [f"{count} {fault}" for fault, count in zip(FAULTS, scan.faults, strict=True) if count]
-        if found or not scan.table.shape[1]:
-            log.warning("%s: %s; %d pairs are used", path, ", ".join(found) or "no pair", scan.table.shape[1])
-    tables = [scan.table for scan in scans]
-    shard = np.repeat(np.arange(len(paths), dtype=np.int32), [table.shape[1] for table in tables])
-    if not len(shard):
-        raise ValueError(
-            f"no pair in {len(paths)} shards, the first of them {paths[0]}: expected members such as 0001.jpg "
-            f"({', '.join(IMAGE_KINDS)}) beside 0001.txt or 0001.json"
-        )
-    image_start, image_size, txt_start, txt_size, json_start, json_size = np.concatenate(tables, axis=1)
-    is_json = (json_start >= 0) if prefer == "json" else (txt_start < 0)
-    text_start = np.where(is_json, json_start, txt_start)
-    text_size = np.where(is_json, json_size, txt_size)
-    counts = np.sum([scan.faults for scan in scans], axis=0)
-    faults = {fault: int(count) for fault, count in zip(FAULTS, counts, strict=True) if count}
-    return ShardIndex(shard, image_start, image_size, text_start, text_size, is_json, faults)
-
-
-def _remembered(paths: Sequence[Location], folder: Path) -> list[Scan]:
-    """Every shard's scan; shards not seen before are scanned now, several at a time."""
-    memory = [folder / f"{_fingerprint(path)}.npz" for path in paths]
-    scans = {number: scan for number, file in enumerate(memory) if (scan := _recall(file)) is not None}
-    unknown = [number for number in range(len(paths)) if number not in scans]
-    if unknown:
-        workers = min(len(unknown), os.cpu_count() or 1)
-        progress = tqdm(total=len(unknown), desc="indexing shards", unit="shard", disable=None if is_main() else True)
-        with progress, ProcessPoolExecutor(workers) as pool:
-            for number, scan in zip(unknown, pool.map(scan_shard, [paths[n] for n in unknown]), strict=True):
-                scans[number] = scan
-                _remember(memory[number], scan)
-                progress.update()
-    return [scans[number] for number in range(len(paths))]
-
-
-def scan_shard(path: Location) -> Scan:
-    """Read a tar's headers. Of a key that comes twice the first is taken, of a truncated tar what is before the break.
-
-    Raises ValueError for a file that is no tar, OSError for one that cannot be read.
-    """
-    if is_url(path):
-        return _scan(path)  # each of its reads is patient; all together may take long
-    return with_retries(lambda: _scan(path), path)
-
-
-def _scan(path: Location) -> Scan:
-    size, _ = version_of(path)
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    faults = dict.fromkeys(FAULTS, 0)
-    try:
-        with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for member in tar:
-                plain = member.isfile() and not member.issparse()
-                end = member.offset_data + member.size if plain else tar.offset
-                if not member.offset_data <= end <= size:  # a size below 0 would lead back, without end
-                    raise tarfile.ReadError("a member ends beyond the file")
-                if not plain:
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                key, _, kind = name.partition(".")
-                kind = "image" if kind.lower() in IMAGE_KINDS else kind.lower()
-                parts = found.setdefault(f"{folder}/{key}", {})
-                if kind in parts and kind in ("image", "txt", "json"):
-                    faults["duplicate key"] += 1
-                parts.setdefault(kind, (member.offset_data, member.size))
-            stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # at a broken header tarfile stops without a word
-                raise tarfile.ReadError("a broken header")
-    except OSError:
-        raise
-    except Exception as error:  # tarfile raises many kinds
-        if not found and size:
-            raise ValueError(f"{path}: not an uncompressed tar file: {error}") from error
-        faults["truncated shard"] = 1
-    pairs = [parts for parts in found.values() if "image" in parts and ("txt" in parts or "json" in parts)]
-    faults["image or caption missing"] = len(found) - len(pairs)
-    absent = (-1, 0)
-    rows = [(*parts["image"], *parts.get("txt", absent), *parts.get("json", absent)) for parts in pairs]
-    table = np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)).T
-    return Scan(table, np.array(list(faults.values()), dtype=np.int64))
-
-
-def _recall(file: Path) -> Scan | None:
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return Scan(arrays["table"], arrays["faults"])
-    except Exception:  # never scanned, or damaged: numpy and zipfile raise many kinds
-        return None
-
-
-def _remember(file: Path, scan: Scan) -> None:
-    try:
-        with atomic_write(file) as stream:
-            np.savez(stream, **scan._asdict())
-    except OSError as error:  # a read-only home only costs the next run this scan
-        log.warning("the index of a shard could not be remembered: %s", error)
-
-
-def _fingerprint(path: Location) -> str:
-    place = Path(path).resolve() if isinstance(path, Path) else path
-    return hashlib.sha256(f"{_FORMAT} {place} {version_of(path)}".encode()).hexdigest()[:32]
-
-
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+log = logging.getLogger(__name__)
 
 
 class BadPair(Exception):
@@ -197,6 +55,28 @@ class Pair(NamedTuple):
     caption: str
 
 
+class ShardIndex(NamedTuple):
+    """One row per pair, in the order of the shards. Starts and sizes are bytes in the tar file."""
+
+    shard: np.ndarray
+    image_start: np.ndarray
+    image_size: np.ndarray
+    text_start: np.ndarray
+    text_size: np.ndarray
+    text_is_json: np.ndarray
+    faults: dict[str, int]  # counts of the FAULTS found
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+
+class Scan(NamedTuple):
+    """The content of one shard's headers."""
+
+    table: np.ndarray  # int64 [6, pairs]: start and size of image, .txt and .json
+    faults: np.ndarray  # int64 [3], as FAULTS
+
+
 class ShardPairs:
     """Pairs in webdataset shards (.jpg/.png/.webp + .txt, or .json with a caption), read by random access."""
 
@@ -209,7 +89,7 @@ class ShardPairs:
         return len(self.index)
 
     def name(self, number: int) -> str:
-        """Where a pair lives, for messages."""
+        """The place of a pair, for messages."""
         return f"{self.paths[self.index.shard[number]]}, byte {self.index.image_start[number]}"
 
     def __getitem__(self, number: int) -> Pair:
@@ -236,10 +116,124 @@ def _json_caption(text: str, key: str) -> str:
     except (ValueError, RecursionError) as error:
         raise BadPair("no caption", f"its .json is broken: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get(key), str):
-        found = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        raise BadPair("no caption", f"its .json has no text under {key!r} (data.caption_key); its keys are: {found!r}")
+        keys = ", ".join(content) if isinstance(content, dict) else type(content).__name__
+        raise BadPair("no caption", f"its .json has no text under {key!r} (data.caption_key); its keys are: {keys!r}")
     try:
         content[key].encode()
-    except UnicodeEncodeError as error:  # half of a character, written as an escape: not every tokenizer takes it
+    except UnicodeEncodeError as error:  # an escaped half of a character, which some tokenizers refuse
         raise BadPair("caption not in UTF-8", error) from error
     return content[key]
+
+
+def index_shards(paths: Sequence[Location], prefer: str, index_dir: str | None = None) -> ShardIndex:
+    """Index every shard, from the cache where the file has not changed since.
+
+    prefer: "txt" takes a pair's .txt as its caption and its .json only if there is none; "json" takes the .json.
+    index_dir: the cache; None is the user's cache folder. Under many ranks, rank 0 does the work.
+    Raises ValueError for a file that is no tar, or when there is no pair in any shard.
+    """
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(index_dir) if index_dir else cache_home / "clipn" / "shards"
+    if not is_main():
+        barrier()
+    scans = _cached_scans(paths, folder)
+    if is_main():
+        barrier()
+    for path, scan in zip(paths, scans, strict=True):
+        faults = [f"{count} {fault}" for fault, count in zip(FAULTS, scan.faults, strict=True) if count]
+        if faults or not scan.table.shape[1]:
+            log.warning("%s: %s; %d pairs are used", path, ", ".join(faults) or "no pair", scan.table.shape[1])
+    shard = np.repeat(np.arange(len(paths), dtype=np.int32), [scan.table.shape[1] for scan in scans])
+    if not len(shard):
+        raise ValueError(
+            f"no pair in {len(paths)} shards, the first of them {paths[0]}: expected members such as 0001.jpg "
+            f"({', '.join(IMAGE_KINDS)}) beside 0001.txt or 0001.json"
+        )
+    image_start, image_size, txt_start, txt_size, json_start, json_size = np.hstack([scan.table for scan in scans])
+    is_json = (json_start >= 0) if prefer == "json" else (txt_start < 0)
+    text_start = np.where(is_json, json_start, txt_start)
+    text_size = np.where(is_json, json_size, txt_size)
+    counts = np.sum([scan.faults for scan in scans], axis=0)
+    faults = {fault: int(count) for fault, count in zip(FAULTS, counts, strict=True) if count}
+    return ShardIndex(shard, image_start, image_size, text_start, text_size, is_json, faults)
+
+
+def _cached_scans(paths: Sequence[Location], folder: Path) -> list[Scan]:
+    """Every shard's scan; shards that are not in the cache are scanned now, several at a time."""
+    files = [folder / f"{_cache_key(path)}.npz" for path in paths]
+    scans = {number: scan for number, file in enumerate(files) if (scan := _load(file)) is not None}
+    missing = [number for number in range(len(paths)) if number not in scans]
+    if missing:
+        workers = min(len(missing), os.cpu_count() or 1)
+        progress = tqdm(total=len(missing), desc="indexing shards", unit="shard", disable=None if is_main() else True)
+        with progress, ProcessPoolExecutor(workers) as pool:
+            for number, scan in zip(missing, pool.map(scan_shard, [paths[n] for n in missing]), strict=True):
+                scans[number] = scan
+                _save(files[number], scan)
+                progress.update()
+    return [scans[number] for number in range(len(paths))]
+
+
+def _cache_key(path: Location) -> str:
+    place = path if is_url(path) else Path(path).resolve()
+    return hashlib.sha256(f"{_FORMAT} {place} {version_of(path)}".encode()).hexdigest()[:32]
+
+
+def _load(file: Path) -> Scan | None:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return Scan(arrays["table"], arrays["faults"])
+    except Exception:  # never scanned, or damaged: numpy and zipfile raise many kinds
+        return None
+
+
+def _save(file: Path, scan: Scan) -> None:
+    try:
+        with atomic_write(file) as stream:
+            np.savez(stream, **scan._asdict())
+    except OSError as error:  # a read-only home only costs the next run this scan
+        log.warning("the index of a shard could not be saved: %s", error)
+
+
+def scan_shard(path: Location) -> Scan:
+    """Read a tar's headers. The first of duplicate keys counts; a truncated tar counts up to the break.
+
+    Raises ValueError for a file that is no tar, OSError for one that cannot be read.
+    """
+    if is_url(path):
+        return _scan(path)  # each of its reads has retries and a time limit; all together may take long
+    return with_retries(lambda: _scan(path), path)
+
+
+def _scan(path: Location) -> Scan:
+    size, _ = version_of(path)
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    truncated = duplicates = 0
+    try:
+        with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                plain = member.isfile() and not member.issparse()
+                end = member.offset_data + member.size if plain else tar.offset
+                if not member.offset_data <= end <= size:  # a size below 0 would lead back, without end
+                    raise tarfile.ReadError("a member ends beyond the file")
+                if not plain:
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                key, _, kind = name.partition(".")
+                kind = "image" if kind.lower() in IMAGE_KINDS else kind.lower()
+                parts = samples.setdefault(f"{folder}/{key}", {})
+                duplicates += kind in parts and kind in ("image", "txt", "json")
+                parts.setdefault(kind, (member.offset_data, member.size))
+            stream.seek(tar.offset)
+            if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile stops at a broken header without an error
+                raise tarfile.ReadError("a broken header")
+    except (OSError, StalledRead):
+        raise
+    except Exception as error:  # tarfile raises many kinds
+        if not samples and size:
+            raise ValueError(f"{path}: not an uncompressed tar file: {error}") from error
+        truncated = 1
+    pairs = [parts for parts in samples.values() if "image" in parts and ("txt" in parts or "json" in parts)]
+    rows = [(*parts["image"], *parts.get("txt", _ABSENT), *parts.get("json", _ABSENT)) for parts in pairs]
+    faults = np.array([truncated, len(samples) - len(pairs), duplicates], dtype=np.int64)
+    return Scan(np.array(rows, dtype=np.int64).reshape(-1, 6).T, faults)
