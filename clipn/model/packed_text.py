@@ -20,13 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Group(NamedTuple):
-    """Captions of similar length, the longest of `width` tokens: the tokens start .. stop of the batch."""
+    """Captions of similar length, the longest of `width` tokens, one behind the other among the T tokens."""
 
-    start: int
-    stop: int
     captions: int
     width: int
-    places: Tensor  # [stop - start], each token's index in the flattened [captions, width]
+    places: Tensor  # each token's index in the flattened [captions, width]
 
 
 class Captions(NamedTuple):
@@ -116,8 +114,7 @@ def _group(lengths: Tensor, rows: Tensor, positions: Tensor) -> list[Group]:
     for count in torch.unique_consecutive(exponents, return_counts=True)[1].tolist():
         width = int(lengths[caption + count - 1])
         stop = start + int(lengths[caption : caption + count].sum())
-        places = (rows[start:stop] - caption) * width + positions[start:stop]
-        groups.append(Group(start, stop, count, width, places))
+        groups.append(Group(count, width, (rows[start:stop] - caption) * width + positions[start:stop]))
         caption, start = caption + count, stop
     return groups
 
@@ -157,7 +154,8 @@ def _block(block: ResidualAttentionBlock, hidden: Tensor, groups: list[Group]) -
     """[T, width] -> [T, width]: one residual attention block."""
     attention = block.attn
     projected = F.linear(block.ln_1(hidden), attention.in_proj_weight, attention.in_proj_bias)
-    attended = torch.cat([_attend(projected[g.start : g.stop], attention.num_heads, g) for g in groups])
+    parts = projected.split([len(group.places) for group in groups])
+    attended = torch.cat([_attend(part, attention.num_heads, g) for part, g in zip(parts, groups, strict=True)])
     hidden = hidden + block.ls_1(attention.out_proj(attended))
     return hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
 
