@@ -1,4 +1,4 @@
-"""ONNX: the image tower and the classes' weights as one file for onnxruntime, checked against torch."""
+"""Export the image tower and the class weights as one ONNX file, compared with torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,13 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipn.data.image_sets import find_images
+from clipn.data.images import open_image, val_transform
+from clipn.data.prompts import class_names_of, load_templates
+from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN
-from clipn.model.head import Head
+from clipn.model.head import Head, build_head
+from clipn.model.weights import open_model
 from clipn.runtime.files import atomic_write
 from clipn.scores import DECISIONS, SCORES
 
 TOLERANCE = 1e-4  # of a cosine, and of a score
-LARGEST = 1_900_000_000  # bytes: a file of Protocol Buffers holds 2 GB, so larger weights lie in a file beside it
+LARGEST = 1_900_000_000  # bytes in one file: Protocol Buffers are limited to 2 GB
 
 OUTPUTS = ("logits_yes", "logits_no", "label", "score_CTW", "score_ATD", "is_ood_CTW", "is_ood_ATD")
 
@@ -38,6 +44,31 @@ class OnnxModel(nn.Module):
         return *logits, logits[0].argmax(dim=1), *scores, *(DECISIONS[name](*logits) for name in ("CTW", "ATD"))
 
 
+@dataclass(frozen=True)
+class OnnxOptions:
+    """Optional settings of `run_onnx`."""
+
+    templates: str = "simple"  # as in `load_templates`
+    scale: float = 100.0  # factor of the cosines
+    check: str | None = None  # a folder of images for the comparison with torch; None: random pixels
+    model_name: str | None = None  # as in `open_model`
+    base: str | None = None
+
+
+def run_onnx(source: str, classes: str, path: str, options: OnnxOptions) -> None:
+    """`clipn export onnx`: write a model with class names as ONNX, and print how far it differs from torch."""
+    class_names = class_names_of(classes)
+    templates = load_templates(options.templates, "--templates")
+    model = open_model(source, options.model_name, options.base)
+    images = _check_images(options.check, model) if options.check else None
+    head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
+    differences = export_onnx(model, head, class_names, path, options.scale, images)
+    compared = f"{len(images)} images of {options.check}" if options.check else "random pixels"
+    cosine, score = differences["cosine"], differences["score"]
+    print(f"onnxruntime and torch on {compared}: cosines differ by {cosine:.1e}, scores by {score:.1e}")
+    print(f"done: {path} ({Path(path).stat().st_size / 1e6:.1f} MB, {len(class_names)} classes)")
+
+
 def export_onnx(
     model: CLIPN,
     head: Head,
@@ -46,62 +77,71 @@ def export_onnx(
     scale: float = 100.0,
     images: Tensor | None = None,
 ) -> dict[str, float]:
-    """Write model and head, both on the CPU, as an ONNX file that takes any number of images at once.
+    """Write a model and its head, both on the CPU, as an ONNX file with a variable batch size.
 
-    images: [N, 3, H, W] preprocessed, on which the file is compared with torch before it is kept; none: random ones.
-    Returns the largest differences: {"cosine", "score"}. Weights of 2 GB and more go into PATH.data beside it.
+    images: [N, 3, H, W] preprocessed, for the comparison with torch; None: random ones. Returns the largest
+    differences: {"cosine", "score"}. Weights of 2 GB and more are written to PATH.data beside it.
 
-    Raises ValueError where a package is missing, torch cannot export the image tower, or onnxruntime and torch differ
-    by more than TOLERANCE; then nothing is written.
+    Raises ValueError, and writes nothing, if a package is missing, torch cannot export the image tower, or onnxruntime
+    and torch differ by more than TOLERANCE.
     """
     onnxruntime = _onnxruntime()
     if scale <= 0:
         raise ValueError(f"scale={scale}: expected a positive number")
-    judge, path = OnnxModel(model, head, scale).eval(), Path(path)
+    module, path = OnnxModel(model, head, scale).eval(), Path(path)
     size = model.preprocess["size"]
     example = torch.randn(2, 3, *((size, size) if isinstance(size, int) else size))
-    program = _program(judge, example)
+    program = _to_program(module, example)
     program.model.metadata_props.update(_metadata(model, class_names, scale))
-    large = sum(value.numel() * value.element_size() for value in judge.state_dict().values()) > LARGEST
+    large = sum(value.numel() * value.element_size() for value in module.state_dict().values()) > LARGEST
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         program.save(Path(folder) / path.name, external_data=large)
         session = onnxruntime.InferenceSession(Path(folder) / path.name, providers=["CPUExecutionProvider"])
-        found = compare(session, judge, example if images is None else images)
-        if max(found.values()) > TOLERANCE:
-            raise ValueError(f"{path}: not written: onnxruntime differs from torch by {found}, above {TOLERANCE:g}")
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the model that names them
-            with atomic_write(path.parent / file.name) as whole, open(file, "rb") as made:
-                shutil.copyfileobj(made, whole)
-    return found
+        worst = compare(session, module, example if images is None else images)
+        if max(worst.values()) > TOLERANCE:
+            raise ValueError(f"{path}: not written: onnxruntime differs from torch by {worst}, above {TOLERANCE:g}")
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # PATH.data before PATH, which refers to it
+            with atomic_write(path.parent / file.name) as target, open(file, "rb") as content:
+                shutil.copyfileobj(content, target)
+    return worst
 
 
 @torch.inference_mode()
-def compare(session: Any, judge: OnnxModel, images: Tensor, batch_size: int = 16) -> dict[str, float]:
+def compare(session: Any, module: OnnxModel, images: Tensor, batch_size: int = 16) -> dict[str, float]:
     """The largest differences of an onnxruntime session from torch, on [N, 3, H, W] images.
 
-    "cosine": of the logits over their scale. "score": of CTW and ATD, given the session's own logits, since a class
-    that wins by a hair may lose by one. NaN anywhere, or another label than the largest logit, counts as infinite.
+    "cosine": of the logits, divided by their scale. "score": of CTW and ATD, computed from the session's own logits,
+    because near-tied classes may swap. NaN, or a label that is not the largest logit, counts as infinite.
     """
     worst = {"cosine": 0.0, "score": 0.0}
-    for part in images.split(batch_size):
-        values = session.run(list(OUTPUTS), {"images": part.numpy()})
-        found = dict(zip(OUTPUTS, map(torch.from_numpy, values), strict=True))
-        logits = found["logits_yes"], found["logits_no"]
-        cosines = [(a - b).abs().max() / judge.scale for a, b in zip(logits, judge(part), strict=False)]
-        scores = [(found[f"score_{name}"] - SCORES[name](*logits)).abs().max() for name in ("CTW", "ATD")]
-        chosen = logits[0].gather(1, found["label"][:, None]).squeeze(1)
-        scores += [] if torch.equal(chosen, logits[0].amax(dim=1)) else [torch.tensor(torch.inf)]
+    for batch in images.split(batch_size):
+        values = session.run(list(OUTPUTS), {"images": batch.numpy()})
+        outputs = dict(zip(OUTPUTS, map(torch.from_numpy, values), strict=True))
+        logits = outputs["logits_yes"], outputs["logits_no"]
+        cosines = [(a - b).abs().max() / module.scale for a, b in zip(logits, module(batch), strict=False)]
+        scores = [(outputs[f"score_{name}"] - SCORES[name](*logits)).abs().max() for name in ("CTW", "ATD")]
+        at_label = logits[0].gather(1, outputs["label"][:, None]).squeeze(1)
+        scores += [] if torch.equal(at_label, logits[0].amax(dim=1)) else [torch.tensor(torch.inf)]
         for name, differences in (("cosine", cosines), ("score", scores)):
             worst[name] = max(worst[name], float(torch.stack(differences).nan_to_num(torch.inf, torch.inf).max()))
     return worst
 
 
-def _program(judge: OnnxModel, example: Tensor) -> torch.onnx.ONNXProgram:
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it notes each constant that it does not fold
+def _check_images(folder: str, model: CLIPN) -> Tensor:
+    """[N, 3, H, W], up to 64 images from all parts of a folder. Raises FileNotFoundError if there is none."""
+    paths = sorted(find_images(Path(folder)))
+    if not paths:
+        raise FileNotFoundError(f"--check={folder!r}: no such folder, or no image in it")
+    transform = val_transform(model.preprocess)
+    return torch.stack([transform(open_image(path)) for path in paths[:: -(-len(paths) // 64)]])
+
+
+def _to_program(module: OnnxModel, example: Tensor) -> torch.onnx.ONNXProgram:
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs each constant that it does not fold
     try:
         return torch.onnx.export(
-            judge,
+            module,
             (example,),
             input_names=["images"],
             output_names=list(OUTPUTS),
@@ -115,14 +155,14 @@ def _program(judge: OnnxModel, example: Tensor) -> torch.onnx.ONNXProgram:
 
 
 def _metadata(model: CLIPN, class_names: Sequence[str], scale: float) -> dict[str, str]:
-    """What a user of the file alone needs, as JSON texts."""
-    facts = {
+    """What a user of the file needs besides the model, as JSON texts."""
+    entries = {
         "class_names": list(class_names),
         "preprocess": model.preprocess,
         "scale": scale,
         "scores": "A higher score means in-distribution; is_ood is the threshold-free decision.",
     }
-    return {f"clipn_{key}": json.dumps(value, ensure_ascii=False) for key, value in facts.items()}
+    return {f"clipn_{key}": json.dumps(value, ensure_ascii=False) for key, value in entries.items()}
 
 
 def _onnxruntime() -> ModuleType:
