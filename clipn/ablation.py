@@ -116,17 +116,20 @@ def make_shared(path: str, fixed: list[str], variants: list[list[str]], folder: 
     other_features = any(key.startswith(OF_THE_FEATURES) for key in varied) or ["model.num_prompts=0"] in variants
     if features_inside and not other_features:
         shared.append(f"features.dir={place}/features")
-    if config.world.name and world_inside and not any(key.startswith("world.") for key in varied):
+    share_world = config.world.name and not any(key.startswith("world.") for key in varied)
+    share_base = config.base and all(key.startswith(NOT_OF_THE_BASE) for key in varied)
+    if share_world and world_inside:
         shared.append(f"world.root={place}/world")
-    if not config.base or not all(key.startswith(NOT_OF_THE_BASE) for key in varied):
-        return shared
-    for seed in config.run.seeds or [config.run.seed]:
+    for seed in (config.run.seeds or [config.run.seed]) if share_world or share_base else ():
         overrides = [f"run.seed={seed}", "run.seeds=[]", f"run.dir={folder}/common/seed_{seed}"]
         seed_config = load_config(path, [*fixed, *shared, *overrides])
         start_log(seed_config.run.dir)
         make_world(seed_config.world)
-        train(base_config(seed_config))
-    return [*shared, f"model.pretrained={place}/base/checkpoints/last.pt", "base={}"]
+        for variant in variants:  # an error in the last one is reported before anything is trained
+            check_evaluation(load_config(path, [*fixed, *variant, *shared, *overrides]))
+        if share_base:
+            train(base_config(seed_config))
+    return [*shared, f"model.pretrained={place}/base/checkpoints/last.pt", "base={}"] if share_base else shared
 
 
 def run_combination(path: str, plan: list[str], trained: dict[str, str]) -> pd.DataFrame:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from clipn.config.schema import Config
+from clipn.config.schema import Config, EvalConfig
 from clipn.data.image_sets import ImageSet, open_image_sets
 from clipn.data.prompts import load_class_names, load_templates
 from clipn.evaluation.results import RESULT_COLUMNS, Evaluation, SetScores, decision_rows, result_rows
 from clipn.features.image_sets import image_set_features
-from clipn.methods.from_features import FEATURE_SCORES
-from clipn.methods.registry import Score, check_methods, feature_methods, image_methods
+from clipn.methods.from_images import constants
+from clipn.methods.registry import MethodInputs, Score, check_methods, make_methods, methods_that_need
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint, read_checkpoint
 from clipn.model.clipn import CLIPN, create_model_and_transforms, load_model
@@ -30,40 +31,66 @@ from clipn.scores import DECISIONS, SCORES
 
 log = logging.getLogger(__name__)
 
+_ROWS = 1024  # images scored at once
+
 
 def evaluate(config: Config) -> Evaluation:
-    """Evaluate the checkpoints on the image sets that `config.eval` names.
+    """Evaluate the checkpoints on the image sets that `config.eval` names; writes only features and mined words.
 
-    Under many ranks each encodes a share of the images, and all return the same result.
-
-    Raises ValueError or FileNotFoundError for image sets, names, templates, methods or checkpoints that are not there
-    or do not fit.
+    Under many ranks each encodes a share of the images, and all return the same result. Raises ValueError or
+    FileNotFoundError for image sets, names, templates, methods or checkpoints that do not exist or do not fit.
     """
     settings = config.eval
-    methods, templates = check_texts(config)
-    id_set, ood_sets, train_set = _open_sets(config)
+    check_methods(settings)
+    templates = load_templates(settings.templates)
+    id_set, ood_sets, train_set = _open_sets(settings)
     class_names = load_class_names(settings.class_names, id_set.classes)
-    rows, decisions, first = [], [], None
+    results, decisions, first = [], [], None
     for model, seed in _models(config):
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
-        fitted = train_set and any(method in FEATURE_SCORES for method in methods)  # else nothing looks at them
-        train = next(image_set_features(config, model, [train_set])) if fitted else None
-        known = (train[1], train[0].labels) if train else None
-        more = feature_methods(settings, model, head, class_names, known, Path(config.run.dir))
-        found = _judge(config, model, head, [id_set, *ood_sets], more)
-        first = first or found
-        rows += result_rows(id_set, ood_sets, found, methods, seed)
-        decisions += decision_rows(id_set, ood_sets, found, seed)
-    return Evaluation(pd.DataFrame(rows, columns=RESULT_COLUMNS), pd.DataFrame(decisions), first, class_names)
+        inputs = MethodInputs(
+            model, head, class_names, settings.scale, words=settings.words, folder=Path(config.run.dir)
+        )
+        if train_set and methods_that_need("train", settings.methods):
+            images, inputs.train, _ = next(image_set_features(config, model, [train_set]))
+            inputs.labels = torch.tensor(images.labels) if images.labels else None
+        set_scores = _score_sets(config, [id_set, *ood_sets], inputs)
+        first = first or set_scores
+        results += result_rows(set_scores, seed)
+        decisions += decision_rows(set_scores, seed)
+    return Evaluation(pd.DataFrame(results, columns=RESULT_COLUMNS), pd.DataFrame(decisions), first, class_names)
 
 
-def check_texts(config: Config) -> tuple[list[str], list[str]]:
-    """The scores and templates that `config.eval` names: what can be checked before a training.
+def check_evaluation(config: Config, world_made: bool = True) -> None:
+    """Raise what `evaluate` would raise for bad settings, before the hours of a training.
 
-    Raises ValueError or FileNotFoundError that names an unknown one and the choices.
+    It opens templates, words, image sets and class names. Before the world is made, the image sets in world.root are
+    left out. Without eval.id it checks methods, words and templates alone.
     """
-    check_methods(config.eval)
-    return config.eval.methods, load_templates(config.eval.templates)
+    settings = config.eval
+    check_methods(settings)
+    load_templates(settings.templates)
+    if settings.id is None:
+        return
+    if world_made or config.world.name is None:
+        id_set, _, _ = _open_sets(settings)
+        load_class_names(settings.class_names, id_set.classes)
+        return
+    for key in ("id", "ood", "train"):
+        entries = _outside(config.world.root, getattr(settings, key))
+        if entries:
+            open_image_sets(entries, f"eval.{key}")
+    if settings.class_names != "folders":
+        load_class_names(settings.class_names)
+
+
+def check_checkpoints(config: Config) -> None:
+    """Read the files of eval.checkpoints, without those in run.dir, which a training writes.
+
+    Raises FileNotFoundError for a name that matches nothing, ValueError for what is no checkpoint.
+    """
+    for path in _matching_files(_outside(config.run.dir, _checkpoint_names(config.eval))):
+        read_checkpoint(path)
 
 
 @torch.no_grad()
@@ -73,54 +100,80 @@ def score_features(
     features: Tensor,
     methods: Sequence[str],
     scale: float = 100.0,
-    block: int = 1024,
-    more: dict[str, Score] | None = None,
-    taken: dict[str, Tensor] | None = None,
+    feature_methods: dict[str, Score] | None = None,
 ) -> SetScores:
-    """A set's [N, D] image features -> every score and decision, a block of images at a time.
+    """Every score and decision from the [N, D] features of a set, a block of images at a time.
 
-    more: the methods that look at features rather than logits; taken: those that were taken of the images, [N] each.
+    feature_methods: the methods that are functions of features; the others are SCORES of the logits.
     """
-    more, taken = more or {}, taken or {}
-    scores = {name: taken.get(name, torch.empty(len(features))) for name in methods}
+    feature_methods = feature_methods or {}
+    scores = {name: torch.empty(len(features)) for name in methods}
     says_ood = {name: torch.empty(len(features), dtype=torch.bool) for name in DECISIONS}
     predicted, p_yes = torch.empty(len(features), dtype=torch.long), torch.empty(len(features))
-    for start in range(0, len(features), block):
-        rows = slice(start, start + block)
-        part = features[rows].to(head.weight_yes.device)
-        logits_yes, logits_no = head(part, scale)
+    for start in range(0, len(features), _ROWS):
+        rows = slice(start, start + _ROWS)
+        block = features[rows].to(head.weight_yes.device)
+        logits = head(block, scale)
         for name in methods:
-            if name not in taken:
-                scores[name][rows] = more[name](part) if name in more else SCORES[name](logits_yes, logits_no, scale)
+            if name in feature_methods:
+                scores[name][rows] = feature_methods[name](block)
+            else:
+                scores[name][rows] = SCORES[name](*logits, scale)
         for name, decide in DECISIONS.items():
-            says_ood[name][rows] = decide(logits_yes, logits_no)
-        predicted[rows] = logits_yes.argmax(dim=1)
-        p_yes[rows] = SCORES["CTW"](logits_yes, logits_no, scale)
-    scores, says_ood = ({name: value.numpy() for name, value in found.items()} for found in (scores, says_ood))
-    return SetScores(images, scores, says_ood, predicted.numpy(), p_yes.numpy())
+            says_ood[name][rows] = decide(*logits)
+        predicted[rows] = logits[0].argmax(dim=1)
+        p_yes[rows] = SCORES["CTW"](*logits, scale)
+    arrays = ({name: value.numpy() for name, value in tensors.items()} for tensors in (scores, says_ood))
+    return SetScores(images, *arrays, predicted.numpy(), p_yes.numpy())
+
+
+def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodInputs) -> dict[str, SetScores]:
+    """The scores of one model for each image set, by the name of the set."""
+    settings, set_scores = config.eval, {}
+    image_methods, feature_methods = (make_methods(kind, settings.methods, inputs) for kind in ("images", "features"))
+    depends_on = f"{tensor_hash(inputs.head.weight_yes)} {settings.scale} {constants()}"
+    other_methods = [name for name in settings.methods if name not in image_methods]
+    for images, features, precomputed in image_set_features(
+        config, inputs.model, image_sets, image_methods, depends_on
+    ):
+        if images.left_out:
+            log.warning("%s: %d images are unreadable and left out", images.name, len(images.left_out))
+        scored = score_features(inputs.head, images, features, other_methods, settings.scale, feature_methods)
+        scores = scored.scores | {name: values.numpy() for name, values in precomputed.items()}
+        set_scores[images.name] = replace(scored, scores={name: scores[name] for name in settings.methods})
+    return set_scores
 
 
 def find_checkpoints(config: Config) -> list[str]:
     """The checkpoints that eval.checkpoints, this run's own folder, or model.pretrained name, in that order.
 
-    eval.checkpoints: files, globs of them, runs' or shared folders, "hf://user/repo". Raises FileNotFoundError for one
-    that matches nothing. An open_clip tag in model.pretrained gives [].
+    eval.checkpoints: files, globs of them, run folders or shared folders, "hf://user/repo". Raises FileNotFoundError
+    for a name that matches nothing. An open_clip tag in model.pretrained gives [].
     """
-    asked: Any = config.eval.checkpoints
-    if not asked:
-        own, given = last_checkpoint(config.run.dir), config.model.pretrained
-        return [str(own)] if own.is_file() else [given] if given and Path(given).is_file() else []
-    paths = []
-    for pattern in [asked] if isinstance(asked, str) else asked:
-        file = find_weights(pattern)
-        found = [str(file)] if file else sorted(glob.glob(str(pattern)))
-        if not found:
-            raise FileNotFoundError(f"eval.checkpoints={pattern!r}: no such file")
-        paths += found
+    if config.eval.checkpoints:
+        return _matching_files(_checkpoint_names(config.eval))
+    last, pretrained = last_checkpoint(config.run.dir), config.model.pretrained
+    if last.is_file():
+        return [str(last)]
+    return [pretrained] if pretrained and Path(pretrained).is_file() else []
+
+
+def _checkpoint_names(settings: EvalConfig) -> list[str]:
+    return [settings.checkpoints] if isinstance(settings.checkpoints, str) else settings.checkpoints or []
+
+
+def _matching_files(names: Sequence[str]) -> list[str]:
+    paths: list[str] = []
+    for name in names:
+        file = find_weights(name)
+        matches = [str(file)] if file else sorted(glob.glob(str(name)))
+        if not matches:
+            raise FileNotFoundError(f"eval.checkpoints={name!r}: no such file")
+        paths += matches
     return list({Path(path).resolve(): path for path in paths}.values())  # each once
 
 
-def _models(config: Config) -> Any:
+def _models(config: Config) -> Iterator[tuple[CLIPN, int]]:
     """Each checkpoint's model, ready on the device, and the seed that it was trained with."""
     settings, device = config.model, choose_device(config.run.device)
     statistics = (settings.image_mean, settings.image_std)
@@ -132,12 +185,13 @@ def _models(config: Config) -> Any:
         log.info("evaluating %s", path)
         content = read_checkpoint(path)
         if not content.get("preprocess") and settings.image_mean is None:
-            log.warning("%s does not say its images' statistics: CLIP's are used (see model.image_mean)", path)
-        architecture, base = content.get("architecture") or settings.name, settings.pretrained
-        base = None if base == path else base  # of a shared file, which holds the no tower alone
+            log.warning("%s does not have its image statistics: CLIP's are used (see model.image_mean)", path)
+        base = settings.pretrained if settings.pretrained != path else None  # for a shared file, the no tower alone
+        architecture = content.get("architecture") or settings.name
         model = load_model(content, path, architecture, settings.num_prompts, base)
         model.set_statistics(*statistics)
-        yield model.to(device).eval(), _seed_of(content, config.run.seed)
+        trained_with = (content.get("config") or {}).get("run") or {}
+        yield model.to(device).eval(), trained_with.get("seed", config.run.seed)
     if not paths:
         log.info("evaluating %s, %s", settings.name, settings.pretrained)
         tagged = create_model_and_transforms(
@@ -146,13 +200,8 @@ def _models(config: Config) -> Any:
         yield tagged[0], config.run.seed
 
 
-def _seed_of(content: dict[str, Any], default: int) -> int:
-    return ((content.get("config") or {}).get("run") or {}).get("seed", default)
-
-
-def _open_sets(config: Config) -> tuple[ImageSet, list[ImageSet], ImageSet | None]:
-    """The ID set, the OOD sets, and the ID training images if there are any."""
-    settings = config.eval
+def _open_sets(settings: EvalConfig) -> tuple[ImageSet, list[ImageSet], ImageSet | None]:
+    """The ID set, the OOD sets, and the set of ID training images, if there is one."""
     id_sets, ood_sets = open_image_sets(settings.id, "eval.id"), open_image_sets(settings.ood, "eval.ood")
     train_sets = open_image_sets(settings.train, "eval.train") if settings.train else []
     for key, sets in (("eval.id", id_sets), ("eval.train", train_sets)):
@@ -166,19 +215,21 @@ def _open_sets(config: Config) -> tuple[ImageSet, list[ImageSet], ImageSet | Non
             f"eval.train: its class folders ({', '.join(train_set.classes[:5])}, ...) are not those of eval.id "
             f"({', '.join(id_set.classes[:5])}, ...)"
         )
+    for method in methods_that_need("labels", settings.methods):
+        if train_set and not train_set.classes:
+            raise ValueError(f"eval.train: {method} needs class folders, but {train_set.root} has none")
     return id_set, ood_sets, train_set
 
 
-def _judge(
-    config: Config, model: CLIPN, head: Head, image_sets: Sequence[ImageSet], more: dict[str, Score]
-) -> dict[str, SetScores]:
-    settings, found = config.eval, {}
-    of_images = image_methods(settings, model, head)
-    depends_on = f"{tensor_hash(head.weight_yes)} {settings.scale}"
-    for images, features, taken in image_set_features(config, model, image_sets, of_images, depends_on):
-        if images.left_out:
-            log.warning("%s: %d images are unreadable and left out", images.name, len(images.left_out))
-        found[images.name] = score_features(
-            head, images, features, settings.methods, settings.scale, more=more, taken=taken
-        )
-    return found
+def _outside(folder: str, entries: Any) -> Any:
+    """The image sets of a config, or the paths, that are not in a folder."""
+
+    def is_outside(entry: Any) -> bool:
+        path = entry.get("path") if isinstance(entry, dict) else entry
+        return not isinstance(path, str) or Path(folder).resolve() not in Path(path).resolve().parents
+
+    if isinstance(entries, dict):
+        return {name: entry for name, entry in entries.items() if is_outside(entry)}
+    if isinstance(entries, (list, tuple)):
+        return [entry for entry in entries if is_outside(entry)]
+    return entries if is_outside(entries) else None

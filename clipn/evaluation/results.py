@@ -11,14 +11,13 @@ import pandas as pd
 
 from clipn.data.image_sets import ImageSet
 from clipn.metrics import ood_metrics
-from clipn.scores import DECISIONS
 
 RESULT_COLUMNS = ["id_set", "ood_set", "method", "AUROC", "FPR95", "AUPR_IN", "AUPR_OUT", "id_accuracy", "seed"]
 
 
 @dataclass(frozen=True)
 class SetScores:
-    """What one model says of the N readable images of one image set."""
+    """One model's outputs for the N readable images of one image set."""
 
     images: ImageSet
     scores: dict[str, np.ndarray]  # by method: [N], higher means ID
@@ -28,58 +27,60 @@ class SetScores:
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found. The tables hold fractions: one row per OOD set, method or decision, and checkpoint."""
+    """The results of one or more checkpoints.
+
+    The tables hold fractions, with a row per OOD set, per method or decision, and per checkpoint.
+    """
 
     results: pd.DataFrame  # RESULT_COLUMNS
     decisions: pd.DataFrame
-    found: dict[str, SetScores]  # by set, the ID set first, of the first checkpoint
+    set_scores: dict[str, SetScores]  # by image set, the ID set first; of the first checkpoint
     class_names: list[str]
 
 
 def join(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Several runs' evaluations as one; the pictures are of the first."""
+    """The evaluations of several runs as one; the scores are those of the first."""
     results, decisions = (pd.concat([e[part] for e in evaluations], ignore_index=True) for part in (0, 1))
     return evaluations[0]._replace(results=results, decisions=decisions)
 
 
-def result_rows(
-    id_set: ImageSet, ood_sets: Sequence[ImageSet], found: dict[str, SetScores], methods: Sequence[str], seed: int
-) -> list[dict]:
-    inside = found[id_set.name]
-    labels = inside.images.labels
-    accuracy = float((inside.predicted == labels).mean()) if labels else float("nan")
+def result_rows(set_scores: dict[str, SetScores], seed: int) -> list[dict]:
+    """RESULT_COLUMNS for each OOD set and method. Raises ValueError for scores that are not finite."""
+    id_set, *ood_sets = set_scores.values()
+    labels = id_set.images.labels
+    accuracy = float((id_set.predicted == labels).mean()) if labels else float("nan")
     rows = []
-    for ood in ood_sets:
-        for method in methods:
+    for ood_set in ood_sets:
+        for method, id_scores in id_set.scores.items():
+            names = {"id_set": id_set.images.name, "ood_set": ood_set.images.name, "method": method}
             try:
-                found_metrics = ood_metrics(inside.scores[method], found[ood.name].scores[method])
+                metrics = ood_metrics(id_scores, ood_set.scores[method])
             except ValueError as error:
-                raise ValueError(f"{method} of {id_set.name} and {ood.name}: {error}") from error
-            names = {"id_set": id_set.name, "ood_set": ood.name, "method": method}
-            rows.append(names | {"id_accuracy": accuracy, "seed": seed} | found_metrics)
+                raise ValueError(f"{method} of {names['id_set']} and {names['ood_set']}: {error}") from error
+            rows.append(names | {"id_accuracy": accuracy, "seed": seed} | metrics)
     return rows
 
 
-def decision_rows(id_set: ImageSet, ood_sets: Sequence[ImageSet], found: dict[str, SetScores], seed: int) -> list[dict]:
-    """The threshold-free decisions: shares of ID kept and lost, of OOD found and missed, and of both judged rightly.
+def decision_rows(set_scores: dict[str, SetScores], seed: int) -> list[dict]:
+    """For each OOD set and threshold-free decision: shares of ID kept and lost, of OOD found and missed, and accuracy.
 
-    open_accuracy is that of the classes and "none of them" as C + 1 answers.
+    `accuracy` has two classes, ID and OOD; `open_accuracy` has C + 1, the ID classes and OOD.
     """
-    rows, inside = [], found[id_set.name]
-    labels = np.array(inside.images.labels or [-1] * len(inside.images))
-    for ood in ood_sets:
-        for name in DECISIONS:
-            kept, told = ~inside.says_ood[name], found[ood.name].says_ood[name]
+    id_set, *ood_sets = set_scores.values()
+    labels = np.array(id_set.images.labels or [-1] * len(id_set.images))
+    rows = []
+    for ood_set in ood_sets:
+        for decision, id_rejected in id_set.says_ood.items():
+            kept, rejected = ~id_rejected, ood_set.says_ood[decision]
+            correct = np.concatenate([kept & (id_set.predicted == labels), rejected])
             shares = {
                 "id_kept": kept.mean(),
-                "ood_found": told.mean(),
+                "ood_found": rejected.mean(),
                 "id_lost": 1 - kept.mean(),
-                "ood_missed": 1 - told.mean(),
-                "accuracy": np.concatenate([kept, told]).mean(),
-                "open_accuracy": np.concatenate([kept & (inside.predicted == labels), told]).mean(),
+                "ood_missed": 1 - rejected.mean(),
+                "accuracy": np.concatenate([kept, rejected]).mean(),
+                "open_accuracy": correct.mean() if id_set.images.labels else float("nan"),
             }
-            if not inside.images.labels:
-                shares["open_accuracy"] = float("nan")
-            shares = {key: float(value) for key, value in shares.items()}
-            rows.append({"id_set": id_set.name, "ood_set": ood.name, "decision": name, **shares, "seed": seed})
+            names = {"id_set": id_set.images.name, "ood_set": ood_set.images.name, "decision": decision}
+            rows.append(names | {key: float(value) for key, value in shares.items()} | {"seed": seed})
     return rows

@@ -1,144 +1,137 @@
-"""OOD scores fitted on the features of in-distribution training images. A higher score means in-distribution.
+"""OOD scores fitted on the image features of in-distribution training images. A higher score means in-distribution.
 
-A fit takes features [M, D], L2-normalised, their labels [M] (only Mahalanobis and RMD read them; else they may be
-None), the zero-shot head and its scale, and gives a score: image features [B, D] -> [B], float32. Nothing is drawn at
-random. Covariances, their inverses and distances are in float64: an inverse makes the smallest variances the largest
-numbers, and those are what float32 loses first in sums over a million images.
+A fit takes training features [M, D], L2-normalised, and returns a score: image features [B, D] -> [B], float32. Nothing
+is random. Covariances, their inverses and distances are computed in float64: float32 sums over a million images lose
+the smallest variances first, and those become the largest numbers of an inverse.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipn.model.head import Head
-
 Score = Callable[[Tensor], Tensor]
-Fit = Callable[[Tensor, Tensor | None, Head, float], Score]
 
 IMAGES_PER_NEIGHBOUR = 1000  # kNN takes the M / 1000-th neighbour, at least the first
 REACT_PERCENTILE = 90.0  # of all numbers in the training features
 
-_ROWS = 1024  # images at once
-_BANK = 65_536  # training images that a block of images is compared with at once
-_NOTHING = 1e-12  # variances below this share of the features' mean square are rounding
+_ROWS = 1024  # training images in a block of a sum
+_BANK = 65_536  # training images that kNN compares images with at once
+_NEGLIGIBLE = 1e-12  # variances below this share of the features' mean square are rounding errors
 
 
-def fit_knn(features: Tensor, labels: Tensor | None, head: Head, scale: float) -> Score:
-    """Negative distance to the k-th nearest training image, all features normalised (Sun et al., ICML 2022).
+def fit_knn(features: Tensor) -> Score:
+    """Negative distance to the k-th nearest training image (Sun et al., ICML 2022).
 
-    k grows with the number M of training images, M / IMAGES_PER_NEIGHBOUR, rounded, at least 1: about what the paper
-    has for CIFAR-10 (50 of 50 000), ImageNet (1000) and a hundredth of it (10); for CIFAR-100 it has 200.
+    k is M / IMAGES_PER_NEIGHBOUR, rounded, at least 1. This agrees with the paper for CIFAR-10 (50 of 50 000 images)
+    and ImageNet (1000, and 10 for a hundredth of it); for CIFAR-100 the paper has 200.
     """
     _check_features(features, "kNN")
     k = max(1, round(len(features) / IMAGES_PER_NEIGHBOUR))
-    return _by_blocks(partial(_kth_distance, features, k), features.device)
+
+    def score(block: Tensor) -> Tensor:
+        images = F.normalize(block.float(), dim=1)
+        nearest = images.new_empty(len(images), 0)  # the largest cosines so far, at most k
+        for part in features.split(_BANK):
+            cosines = images @ F.normalize(part.float(), dim=1).T
+            nearest = torch.cat([nearest, cosines.topk(min(k, len(part)), dim=1).values], dim=1)
+            nearest = nearest.topk(min(k, nearest.shape[1]), dim=1).values
+        return -(2 - 2 * nearest[:, -1]).clamp(min=0).sqrt()
+
+    return _where(features, score)
 
 
-def fit_mahalanobis(features: Tensor, labels: Tensor | None, head: Head, scale: float) -> Score:
+def fit_mahalanobis(features: Tensor, labels: Tensor | None, num_classes: int) -> Score:
     """Negative squared Mahalanobis distance to the nearest class mean (Lee et al., NeurIPS 2018).
 
-    One covariance for all classes, on these features alone: no other layers, no input perturbation. Raises ValueError
-    as RMD does.
+    All classes share one covariance. Only these features count: no other layers, no input perturbation. Raises
+    ValueError as `fit_rmd` does.
     """
-    middle, whiten, centres = _class_gaussians(features, labels, head, "Mahalanobis")
+    mean, whiten, class_means = _class_gaussians(features, labels, num_classes, "Mahalanobis")
+    return _where(features, lambda block: -_nearest((block.double() - mean) @ whiten, class_means))
+
+
+def fit_rmd(features: Tensor, labels: Tensor | None, num_classes: int) -> Score:
+    """Relative Mahalanobis: the Mahalanobis score minus that of one Gaussian of all images (Ren et al., 2021).
+
+    Raises ValueError without labels [M], for a class without images, and for fewer than D + C images: the shared
+    covariance then lacks some directions, and an outlier in such a direction would not be detected.
+    """
+    mean, whiten, class_means = _class_gaussians(features, labels, num_classes, "RMD")
+    whiten_all = _whitening(*_covariance(features, mean))
 
     def score(block: Tensor) -> Tensor:
-        return -_squared_distances((block.double() - middle) @ whiten, centres).amin(dim=1)
+        centred = block.double() - mean
+        return (centred @ whiten_all).square().sum(dim=1) - _nearest(centred @ whiten, class_means)
 
-    return _by_blocks(score, features.device)
-
-
-def fit_rmd(features: Tensor, labels: Tensor | None, head: Head, scale: float) -> Score:
-    """Relative Mahalanobis (Ren et al., 2021): Mahalanobis' score less that of one Gaussian of all training images.
-
-    Raises ValueError without labels, for a class without images, and for fewer than D + C images: then the shared
-    covariance knows nothing of some directions, and an image that stands out there would not be noticed.
-    """
-    middle, whiten, centres = _class_gaussians(features, labels, head, "RMD")
-    whiten_all = _whitening(_covariance(features, middle))
-
-    def score(block: Tensor) -> Tensor:
-        centred = block.double() - middle
-        return (centred @ whiten_all).square().sum(dim=1) - _squared_distances(centred @ whiten, centres).amin(dim=1)
-
-    return _by_blocks(score, features.device)
+    return _where(features, score)
 
 
 def principal_dim(width: int) -> int:
     """Dimensions of ViM's principal space for features of this width.
 
-    1000 from 2048 on, else 512, as in the released code; where 512 would leave a third or less, half of the width,
-    which is also OpenOOD's choice for 512 features.
+    The released code has 1000 from a width of 2048 on, else 512. Below a width of 768 it is half of the width, as
+    OpenOOD has it for 512 features.
     """
     if width >= 2048:
         return 1000
     return 512 if width >= 768 else width // 2
 
 
-def fit_vim(features: Tensor, labels: Tensor | None, head: Head, scale: float) -> Score:
-    """Energy less the virtual logit: alpha times the part outside the principal space (Wang et al., CVPR 2022).
+def fit_vim(features: Tensor, weights: Tensor, scale: float) -> Score:
+    """Energy minus the virtual logit: alpha times the length of the residual (Wang et al., CVPR 2022).
 
-    alpha is the training images' mean largest logit over their mean outer part (its size: a base whose cosines are
-    negative must not turn the score round). The principal space is that of the features about the origin -pinv(W) b,
-    which is 0: the zero-shot head has no bias b. Raises ValueError where training images do not fill that space.
+    The logits are scale * features @ weights.T with class weights [C, D]. alpha is the absolute mean of the training
+    images' largest logit over their mean residual; absolute, because a base with negative cosines must not flip the
+    score. The paper's origin -pinv(W) b is 0, since these logits have no bias b. Raises ValueError as `fit_residual`.
     """
-    outside = _outer_space(features, "ViM")
-    tops, lengths = 0.0, 0.0
+    outside = _residual_space(features, "ViM")
+    logits = _logits(weights.to(features.device), scale)
+    largest, lengths = 0.0, 0.0
     for block in features.split(_ROWS):
-        tops += float(_logits(block, head, scale).amax(dim=1).sum())
+        largest += float(logits(block).amax(dim=1).sum())
         lengths += float((block.double() @ outside).norm(dim=1).sum())
-    alpha = abs(tops) / lengths
+    alpha = abs(largest) / lengths
 
     def score(block: Tensor) -> Tensor:
-        return _logits(block, head, scale).logsumexp(dim=1) - alpha * (block.double() @ outside).norm(dim=1)
+        return logits(block).logsumexp(dim=1) - alpha * (block.double() @ outside).norm(dim=1)
 
-    return _by_blocks(score, features.device)
+    return _where(features, score)
 
 
-def fit_residual(features: Tensor, labels: Tensor | None, head: Head, scale: float) -> Score:
+def fit_residual(features: Tensor) -> Score:
     """Negative length of the part outside ViM's principal space (Wang et al., CVPR 2022).
 
-    Raises ValueError as ViM does.
+    Raises ValueError for training images that span no more than that space.
     """
-    outside = _outer_space(features, "Residual")
-    return _by_blocks(lambda block: -(block.double() @ outside).norm(dim=1), features.device)
+    outside = _residual_space(features, "Residual")
+    return _where(features, lambda block: -(block.double() @ outside).norm(dim=1))
 
 
-def fit_react(features: Tensor, labels: Tensor | None, head: Head, scale: float) -> Score:
+def fit_react(features: Tensor, weights: Tensor, scale: float) -> Score:
     """Energy of features clipped from above at one number (Sun et al., NeurIPS 2021).
 
-    That number is the REACT_PERCENTILE of all numbers in the training features, as OpenOOD takes it. ReAct was made
-    for activations that are not negative; an embedding's negative numbers are left as they are, and nothing is
-    normalised again.
+    The number is the REACT_PERCENTILE of all numbers in the training features, as in OpenOOD. ReAct was made for
+    activations that are not negative: negative numbers stay, and clipped features are not normalised again.
     """
     _check_features(features, "ReAct")
-    # numpy's, for torch.quantile takes no more than 16 million numbers
+    # numpy's, because torch.quantile takes no more than 16 million numbers
     limit = float(np.percentile(features.float().cpu().numpy(), REACT_PERCENTILE))
-    return _by_blocks(lambda block: _logits(block.clamp(max=limit), head, scale).logsumexp(dim=1), features.device)
+    logits = _logits(weights.to(features.device), scale)
+    return _where(features, lambda block: logits(block.clamp(max=limit)).logsumexp(dim=1))
 
 
-FEATURE_SCORES: dict[str, Fit] = {
-    "kNN": fit_knn,
-    "Mahalanobis": fit_mahalanobis,
-    "RMD": fit_rmd,
-    "ViM": fit_vim,
-    "Residual": fit_residual,
-    "ReAct": fit_react,
-}
+def _where(train: Tensor, score: Score) -> Score:
+    """The score on the device of the training features, in float32."""
+    return lambda features: score(features.to(train.device)).float()
 
 
-def _by_blocks(score: Score, device: torch.device) -> Score:
-    @torch.no_grad()
-    def blockwise(features: Tensor) -> Tensor:
-        return torch.cat([score(block.to(device)).float() for block in features.split(_ROWS)])
-
-    return blockwise
+def _logits(weights: Tensor, scale: float) -> Score:
+    return lambda features: scale * features.float() @ weights.T
 
 
 def _check_features(features: Tensor, method: str) -> None:
@@ -146,51 +139,41 @@ def _check_features(features: Tensor, method: str) -> None:
         raise ValueError(f"{method}: expected training features [M, D] of at least one image, got {[*features.shape]}")
 
 
-def _check_labels(features: Tensor, labels: Tensor | None, classes: int, method: str) -> Tensor:
+def _check_labels(features: Tensor, labels: Tensor | None, num_classes: int, method: str) -> Tensor:
     _check_features(features, method)
     if labels is None:
-        raise ValueError(f"{method}: the training images' labels are missing")
+        raise ValueError(f"{method}: the labels of the training images are missing")
     if labels.shape != (len(features),):
         raise ValueError(f"{method}: {len(features)} training images, but labels of shape {[*labels.shape]}")
-    counts = torch.bincount(labels.clamp(min=0).cpu(), minlength=classes)
-    if labels.min() < 0 or len(counts) > classes:
-        raise ValueError(f"{method}: labels from {labels.min()} to {labels.max()}; there are {classes} classes")
+    counts = torch.bincount(labels.clamp(min=0).cpu(), minlength=num_classes)
+    if labels.min() < 0 or len(counts) > num_classes:
+        raise ValueError(f"{method}: labels from {labels.min()} to {labels.max()}; there are {num_classes} classes")
     empty = (counts == 0).nonzero().squeeze(1).tolist()
     if empty:
         numbers = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
-        raise ValueError(f"{method}: {len(empty)} of {classes} classes have no training image: number {numbers}")
-    least = features.shape[1] + classes
-    if len(features) < least:
+        raise ValueError(f"{method}: {len(empty)} of {num_classes} classes have no training image: number {numbers}")
+    width = features.shape[1]
+    if len(features) < width + num_classes:
         raise ValueError(
-            f"{method}: {len(features)} training images are too few: {classes} means and a covariance of "
-            f"{features.shape[1]} dimensions need at least {least}"
+            f"{method}: {len(features)} training images are too few: {num_classes} means and a covariance of "
+            f"{width} dimensions need at least {width + num_classes}"
         )
     return labels.to(features.device).long()
 
 
-def _kth_distance(bank: Tensor, k: int, block: Tensor) -> Tensor:
-    """Training features [M, D], k <= M, image features [b, D] -> [b], negative."""
-    images = F.normalize(block.float(), dim=1)
-    nearest = images.new_empty(len(images), 0)  # the k largest cosines so far
-    for part in bank.split(_BANK):
-        cosines = images @ F.normalize(part.float(), dim=1).T
-        found = torch.cat([nearest, cosines.topk(min(k, len(part)), dim=1).values], dim=1)
-        nearest = found.topk(min(k, found.shape[1]), dim=1).values
-    return -(2 - 2 * nearest[:, -1]).clamp(min=0).sqrt()
-
-
-def _class_gaussians(features: Tensor, labels: Tensor | None, head: Head, method: str) -> tuple[Tensor, Tensor, Tensor]:
+def _class_gaussians(
+    features: Tensor, labels: Tensor | None, num_classes: int, method: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """The mean of all [D], a whitening of the covariance within classes [D, r], and the whitened class means [C, r]."""
-    classes = len(head.weight_yes)
-    labels = _check_labels(features, labels, classes, method)
-    means = features.new_zeros(classes, features.shape[1], dtype=torch.float64)
-    # products, not index_add: that adds in any order on a GPU
-    for block, its in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
-        means += F.one_hot(its, classes).double().T @ block.double()
-    middle = means.sum(dim=0) / len(features)
-    means /= torch.bincount(labels, minlength=classes)[:, None]
-    whiten = _whitening(_covariance(features, means, labels))
-    return middle, whiten, (means - middle) @ whiten
+    labels = _check_labels(features, labels, num_classes, method)
+    means = features.new_zeros(num_classes, features.shape[1], dtype=torch.float64)
+    # products, because index_add adds in any order on a GPU
+    for block, block_labels in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
+        means += F.one_hot(block_labels, num_classes).double().T @ block.double()
+    mean = means.sum(dim=0) / len(features)
+    means /= torch.bincount(labels, minlength=num_classes)[:, None]
+    whiten = _whitening(*_covariance(features, means, labels))
+    return mean, whiten, (means - mean) @ whiten
 
 
 def _covariance(features: Tensor, means: Tensor, labels: Tensor | None = None) -> tuple[Tensor, float]:
@@ -205,34 +188,29 @@ def _covariance(features: Tensor, means: Tensor, labels: Tensor | None = None) -
     return covariance / len(features), square / len(features)
 
 
-def _whitening(covariance_and_square: tuple[Tensor, float]) -> Tensor:
-    """[D, r]: squared lengths after it are Mahalanobis distances, without directions in which nothing varies."""
-    covariance, square = covariance_and_square
+def _whitening(covariance: Tensor, square: float) -> Tensor:
+    """[D, r]: squared lengths after it are Mahalanobis distances. Directions of negligible variance are left out."""
     variances, directions = torch.linalg.eigh(covariance)
-    real = variances > _NOTHING * square
-    return directions[:, real] / variances[real].sqrt()
+    varies = variances > _NEGLIGIBLE * square
+    return directions[:, varies] / variances[varies].sqrt()
 
 
-def _squared_distances(points: Tensor, centres: Tensor) -> Tensor:
-    """[b, r] and [C, r] -> [b, C]."""
+def _nearest(points: Tensor, centres: Tensor) -> Tensor:
+    """[b, r] and [C, r] -> [b]: the squared distance to the nearest centre."""
     lengths = points.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1)
-    return (lengths - 2 * points @ centres.T).clamp(min=0)
+    return (lengths - 2 * points @ centres.T).clamp(min=0).amin(dim=1)
 
 
-def _outer_space(features: Tensor, method: str) -> Tensor:
+def _residual_space(features: Tensor, method: str) -> Tensor:
     """[D, D - principal_dim]: an orthonormal basis of what is outside the principal space of the training features."""
     _check_features(features, method)
     width = features.shape[1]
     second_moment, square = _covariance(features, features.new_zeros(width))
     values, directions = torch.linalg.eigh(second_moment)  # the smallest first
-    dim, rank = principal_dim(width), int((values > _NOTHING * square).sum())
+    dim, rank = principal_dim(width), int((values > _NEGLIGIBLE * square).sum())
     if rank <= dim:
         raise ValueError(
             f"{method}: the {len(features)} training images are too few or too alike: their features span {rank} "
             f"dimensions, and must span more than the {dim} of the principal space"
         )
     return directions[:, : width - dim]
-
-
-def _logits(features: Tensor, head: Head, scale: float) -> Tensor:
-    return scale * features.float() @ head.weight_yes.to(features.device).T

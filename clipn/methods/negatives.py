@@ -1,8 +1,8 @@
 """OOD scores against negative labels: words that are far from every class. A higher score means in-distribution.
 
-NegLabel (Jiang et al., ICLR 2024) mines WordNet's nouns and adjectives; CSP (Chen et al., NeurIPS 2024) puts adjectives
-before words like "creature", and asks with several prompts. Both are here as their released code has them, but that a
-word which is a class name is never its own negative, and that each prompt's feature is normalised before the mean.
+NegLabel (Jiang et al., ICLR 2024) mines the nouns and adjectives of WordNet. CSP (Chen et al., NeurIPS 2024) puts
+adjectives before words like "creature", and uses several prompts. Both follow their released code, with two
+exceptions: a class name is never a negative, and each prompt's feature is normalised before the mean.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipn.data.prompts import fill
 from clipn.model.clipn import CLIPN
-from clipn.model.head import Head
+from clipn.model.head import Head, class_weights
 from clipn.runtime.files import atomic_write
+from clipn.scores import p_yes
 
 # WordNet's lexicographer files by number; 02 and 29 .. 43 are adverbs and verbs (lexnames(5WN)).
 _NOUN_FILES = (
@@ -29,30 +29,34 @@ _NOUN_FILES = (
 LEXICOGRAPHER_FILES = {0: "adj.all", 1: "adj.pert", 44: "adj.ppl"} | {
     number: f"noun.{name}" for number, name in enumerate(_NOUN_FILES.split(), start=3)
 }
-
-_SUPERCLASSES = ["environment", "space", "object", "scene", "place", "item", "area", "view", "thing", "pattern"]
-_SUPERCLASSES += ["structure", "landscape", "vista", "creature"]
+_SUPERCLASSES = "environment space object scene place item area view thing pattern structure landscape vista creature"
+_BATCH = 512  # texts encoded at once
 
 
 class Words(NamedTuple):
-    """Candidates for negative labels, none of them twice: a word that is both is a noun."""
+    """Candidates for negative labels, without duplicates: a word that is both is a noun."""
 
     nouns: list[str]
     adjectives: list[str]
 
 
 class Pool(NamedTuple):
-    """How candidates become texts: the prompts of classes and nouns, of adjectives, and what is left out."""
+    """How candidates become texts, and which of them become negative labels."""
 
-    noun_prompts: tuple[str, ...]
+    name: str
+    noun_prompts: tuple[str, ...]  # of nouns and of classes
     adjective_prompts: tuple[str, ...]
-    superclasses: tuple[str, ...] = ("{}",)  # one, drawn for each adjective, is filled with it
+    superclasses: tuple[str, ...] = ("{}",)  # each adjective fills one of them, drawn at random
     left_out: tuple[str, ...] = ("noun.animal", "noun.food")  # lexicographer files
-    too_near: float = float("inf")  # a candidate with a higher cosine to any class is not taken
+    max_cosine: float = float("inf")  # a candidate with a higher cosine to any class is left out
+    share: float = 0.15  # of the nouns, and of the adjectives
+    quantile: float = 0.95  # of a candidate's cosines to the classes: the candidates with the lowest are mined
+    groups: int = 100
 
 
-NEGLABEL = Pool(("the nice {}",), ("This is a {} photo",))
+NEGLABEL = Pool("NegLabel", ("the nice {}",), ("This is a {} photo",))
 CSP = Pool(
+    "CSP",
     (
         "a close-up photo of the nice {}.",
         "a photo with the nice {}.",
@@ -64,49 +68,47 @@ CSP = Pool(
         "the nice {}",
     ),
     ("{}", "a nice photo of {}", "a good photo of {}", "a close-up photo of {}"),
-    tuple(f"{{}} {name}" for name in _SUPERCLASSES),
+    tuple(f"{{}} {name}" for name in _SUPERCLASSES.split()),
     (*NEGLABEL.left_out, "noun.person", "noun.quantity", "noun.group", "adj.pert"),
-    too_near=0.95,
+    max_cosine=0.95,
 )
-POOLS = {"NegLabel": NEGLABEL, "CSP": CSP}
 
 
 class Negatives(NamedTuple):
-    """Mined negative labels, n in each of G groups, and the classes in the pool's prompts."""
+    """Mined negative labels, n in each of G groups, and the class names in the pool's prompts."""
 
-    names: list[str]  # G * n of them, group after group
+    names: list[str]  # G * n, group after group
     weights: Tensor  # [G, n, D], L2-normalised
     labels: Tensor  # [C, D], L2-normalised
 
 
 def read_words(path: str | Path, left_out: Sequence[str] = NEGLABEL.left_out) -> Words:
-    """Candidate words from a file or folder of the user's; nothing is ever downloaded.
+    """Candidate words from a file or folder of the user; nothing is downloaded.
 
     path: WordNet's database folder (with data.noun, data.adj or both); a folder of lists named as its lexicographer
-        files (noun.act.txt, adj.all.txt, ...; a word a line); or one list, whose lines are a word, taken for a noun,
-        or "noun" or "adj", a tab and a word.
-    left_out: the lexicographer files whose words are not taken, unless they stand in another one too.
+        files (noun.act.txt, adj.all.txt, ...; one word per line); or one list, with lines of a word, taken as a noun,
+        or of "noun" or "adj", a tab and a word.
+    left_out: lexicographer files whose words are left out, unless another file has them too.
 
-    Raises FileNotFoundError for no such path, ValueError for what is not of these forms or holds no word.
+    Raises FileNotFoundError for a missing path, ValueError for another form or no words.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such word list or WordNet folder")
     unknown = sorted(set(left_out) - set(LEXICOGRAPHER_FILES.values()))
     if unknown:
-        raise ValueError(
-            f"left_out: {', '.join(unknown)}: the lexicographer files are {', '.join(LEXICOGRAPHER_FILES.values())}"
-        )
+        choices = ", ".join(LEXICOGRAPHER_FILES.values())
+        raise ValueError(f"left_out: {', '.join(unknown)}: the lexicographer files are {choices}")
+    words: dict[str, dict[str, str]] = {"noun": {}, "adj": {}}
     try:
-        found = list(_read(path, left_out))
+        for kind, word in _read(path, left_out):
+            if _key(word):
+                words[kind].setdefault(_key(word), word.replace("_", " ").strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8: {error}") from error
-    seen: set[str] = set()
-    nouns = _unseen((word for kind, word in found if kind == "noun"), seen)
-    adjectives = _unseen((word for kind, word in found if kind == "adj"), seen)
-    if not nouns and not adjectives:
+    if not any(words.values()):
         raise ValueError(f"{path}: no words found; expected data.noun, data.adj, noun.*.txt, adj.*.txt or a list")
-    return Words(nouns, adjectives)
+    return Words([*words["noun"].values()], [word for key, word in words["adj"].items() if key not in words["noun"]])
 
 
 @torch.no_grad()
@@ -116,118 +118,84 @@ def mine(
     words: Words,
     class_names: Sequence[str],
     pool: Pool = NEGLABEL,
-    share: float = 0.15,
-    quantile: float = 0.95,
-    groups: int = 100,
     seed: int = 0,
-    batch_size: int = 512,
 ) -> Negatives:
-    """The negative labels of these classes: a share of the nouns and the same share of the adjectives.
+    """The negative labels of these classes: the nouns and the adjectives that are farthest from the classes.
 
-    Of each kind those are taken whose cosines to the classes have the lowest `quantile`. They are shuffled and split
-    into groups of one size; the nearest of the adjectives that do not fill one are dropped (NegLabel, section 3).
-    A class name is no candidate. Fewer negatives than groups are a group each.
+    They are shuffled and split into groups of one size. The nearest of the adjectives that do not fill a group are
+    dropped (NegLabel, section 3). A class name is no candidate. Fewer negatives than groups form a group each.
 
-    Raises ValueError for no class names, or when no candidate is left.
+    Raises ValueError for no class names, or if no candidate remains. The model is in evaluation mode.
     """
-    taken = {_key(name) for name in class_names}
-    nouns = [word for word in words.nouns if _key(word) not in taken]
-    draw = random.Random(seed)
-    adjectives = [fill(draw.choice(pool.superclasses), word) for word in words.adjectives if _key(word) not in taken]
+
+    def encode(texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
+        return class_weights(lambda part: model.encode_text(tokenizer(part)), texts, prompts, _BATCH)
+
+    keys, draw = {_key(name) for name in class_names}, random.Random(seed)
+    nouns = [word for word in words.nouns if _key(word) not in keys]
+    adjectives = [fill(draw.choice(pool.superclasses), word) for word in words.adjectives if _key(word) not in keys]
     if not class_names or not (nouns or adjectives):
         raise ValueError(f"negative labels: {len(class_names)} class names, {len(nouns + adjectives)} candidates")
-    labels = _encode(model, tokenizer, list(class_names), pool.noun_prompts, batch_size)
+    labels = encode(class_names, pool.noun_prompts)
     names, weights = [], []
     for candidates, prompts in ((nouns, pool.noun_prompts), (adjectives, pool.adjective_prompts)):
         if candidates:
-            features = _encode(model, tokenizer, candidates, prompts, batch_size)
-            chosen = _farthest(features, labels, share, quantile, pool.too_near)
+            features = encode(candidates, prompts)
+            chosen = _farthest(features, labels, pool)
             names += [candidates[i] for i in chosen.tolist()]
             weights.append(features[chosen])
     if not names:
         raise ValueError("negative labels: every candidate is too near to a class")
-    groups = min(groups, len(names))
+    groups = min(pool.groups, len(names))
     kept = len(names) - len(names) % groups
     order = torch.randperm(kept, generator=torch.Generator().manual_seed(seed))
     grouped = torch.cat(weights)[order.to(labels.device)].unflatten(0, (groups, -1))
     return Negatives([names[i] for i in order.tolist()], grouped, labels)
 
 
-def neglabel(image_features: Tensor, negatives: Negatives, scale: float = 100.0, block: int = 1024) -> Tensor:
+def neglabel(image_features: Tensor, negatives: Negatives, scale: float = 100.0) -> Tensor:
     """[B, D] -> [B]: the softmax mass on the classes, mean over groups of negatives (NegLabel; CSP with its pool)."""
-    features = image_features.to(negatives.labels.device)
-    return torch.cat([_id_mass(part, negatives, scale) for part in features.split(block)])
+    classes = (scale * image_features @ negatives.labels.T).logsumexp(dim=1, keepdim=True)
+    words = (scale * image_features @ negatives.weights.flatten(0, 1).T).unflatten(1, negatives.weights.shape[:2])
+    return torch.sigmoid(classes - words.logsumexp(dim=2)).mean(dim=1)
 
 
-def neglabel_clipn(
-    image_features: Tensor, negatives: Negatives, head: Head, scale: float = 100.0, block: int = 1024
-) -> Tensor:
-    """[B, D] -> [B]: p_yes times the mass on each class, summed over classes, mean over groups of negatives.
+def neglabel_clipn(image_features: Tensor, negatives: Negatives, head: Head, scale: float = 100.0) -> Tensor:
+    """[B, D] -> [B]: p_yes times the softmax mass on each class, summed over classes, mean over groups of negatives.
 
-    An ablation of this project, not published: CLIPN's ATD where the softmax has NegLabel's negatives too. p_yes is of
-    the head's weights, the masses are of the negatives' own labels, in the same order of classes. Raises ValueError for
-    negatives of another number of classes.
+    An ablation of this project, not published: CLIPN's ATD with NegLabel's negatives in the softmax. p_yes comes from
+    the head's weights, the softmax from the labels of the negatives, in the same order of classes. Raises ValueError
+    for negatives of another number of classes.
     """
     if len(head.weight_yes) != len(negatives.labels):
         raise ValueError(f"negatives of {len(negatives.labels)} classes, a head of {len(head.weight_yes)}")
-    scores = []
-    for part in image_features.to(negatives.labels.device).split(block):
-        logits_yes, logits_no = head(part, scale)
-        within = (scale * part @ negatives.labels.T).softmax(dim=1)
-        agreed = (torch.sigmoid(logits_yes - logits_no) * within).sum(dim=1)
-        scores.append(agreed * _id_mass(part, negatives, scale))
-    return torch.cat(scores)
+    within = (scale * image_features @ negatives.labels.T).softmax(dim=1)
+    agreed = (p_yes(*head(image_features, scale)) * within).sum(dim=1)
+    return agreed * neglabel(image_features, negatives, scale)
 
 
 def save_negatives(negatives: Negatives, path: str | Path) -> None:
     """Write the mined labels as a table: the number of the group, a tab, the label."""
     size = negatives.weights.shape[1]
-    lines = [f"{i // size}\t{name}\n" for i, name in enumerate(negatives.names)]
     with atomic_write(path) as stream:
-        stream.write("".join(lines).encode())
+        stream.writelines(f"{i // size}\t{name}\n".encode() for i, name in enumerate(negatives.names))
 
 
-def _id_mass(features: Tensor, negatives: Negatives, scale: float) -> Tensor:
-    """[b, D] -> [b]. The mass on ID beside one group is the sigmoid of the difference of their log-sum-exps."""
-    inside = (scale * features @ negatives.labels.T).logsumexp(dim=1, keepdim=True)
-    outside = (scale * features @ negatives.weights.flatten(0, 1).T).unflatten(1, negatives.weights.shape[:2])
-    return torch.sigmoid(inside - outside.logsumexp(dim=2)).mean(dim=1)
-
-
-def _encode(
-    model: CLIPN,
-    tokenizer: Callable[[list[str]], Tensor],
-    names: list[str],
-    prompts: Sequence[str],
-    batch_size: int,
-) -> Tensor:
-    """[len(names), D]: each name in all prompts, the mean of their features, normalised."""
-    was_training = model.training
-    model.eval()
-    features = []
-    for start in range(0, len(names), batch_size):
-        part = names[start : start + batch_size]
-        total = sum(model.encode_text(tokenizer([fill(prompt, name) for name in part])) for prompt in prompts)
-        features.append(F.normalize(total, dim=-1))
-    model.train(was_training)
-    return torch.cat(features)
-
-
-def _farthest(features: Tensor, labels: Tensor, share: float, quantile: float, too_near: float) -> Tensor:
-    """The numbers of the candidates [N, D] to take, the farthest from the labels [C, D] first; at least one of them."""
+def _farthest(features: Tensor, labels: Tensor, pool: Pool) -> Tensor:
+    """The numbers of the candidates [N, D] to mine, the farthest from the labels [C, D] first; at least one of them."""
     size = max(1, 2**23 // len(labels))  # torch.quantile takes no more than 2**24 numbers
     nearness = []
     for part in features.split(size):
         cosines = part @ labels.T
-        value = cosines.quantile(quantile, dim=1)
-        nearness.append(value.masked_fill(cosines.amax(dim=1) > too_near, float("inf")))
+        nearness.append(cosines.quantile(pool.quantile, dim=1))
+        nearness[-1][cosines.amax(dim=1) > pool.max_cosine] = float("inf")
     ranked, order = torch.cat(nearness).sort(stable=True)
-    count = min(max(1, int(len(features) * share)), int(ranked.isfinite().sum()))
+    count = min(max(1, int(len(features) * pool.share)), int(ranked.isfinite().sum()))
     return order[:count]
 
 
 def _read(path: Path, left_out: Sequence[str]) -> Iterable[tuple[str, str]]:
-    """(noun or adj, word) of any of the forms."""
+    """("noun" or "adj", word) from any of the forms."""
     if path.is_file():
         for number, line in _lines(path):
             kind, tab, word = line.partition("\t")
@@ -258,20 +226,11 @@ def _database_words(path: Path, left_out: Sequence[str]) -> Iterable[str]:
             source, count = LEXICOGRAPHER_FILES[int(fields[1])], int(fields[3], 16)
             words = [fields[4 + 2 * i] for i in range(count)]
         except (IndexError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: not of WordNet's database form: {line[:60]!r}") from error
+            raise ValueError(f"{path}, line {number}: not in WordNet's database form: {line[:60]!r}") from error
         if source not in left_out:
-            yield from (word.split("(")[0] for word in words)  # galore(ip): where an adjective may stand
-
-
-def _unseen(words: Iterable[str], seen: set[str]) -> list[str]:
-    """The words that were not seen before, whatever their case, underscores as spaces."""
-    found = []
-    for word in words:
-        if _key(word) and _key(word) not in seen:
-            seen.add(_key(word))
-            found.append(word.replace("_", " ").strip())
-    return found
+            yield from (word.split("(")[0] for word in words)  # galore(ip): the position of an adjective
 
 
 def _key(word: str) -> str:
+    """The form in which words are compared."""
     return word.replace("_", " ").strip().casefold()

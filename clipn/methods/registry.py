@@ -1,77 +1,132 @@
-"""Every score by name, and what each needs beside the logits: training images, words, or the image itself."""
+"""Every method by name. Scores of logits are in clipn.scores.SCORES; METHODS says how the others are made.
+
+To add a method: put a function of logits into SCORES, anything else into METHODS.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from clipn.config.schema import EvalConfig
-from clipn.methods.from_features import FEATURE_SCORES
-from clipn.methods.from_images import IMAGE_SCORES
-from clipn.methods.negatives import POOLS, mine, neglabel, neglabel_clipn, read_words, save_negatives
+from clipn.methods.from_features import fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_rmd, fit_vim
+from clipn.methods.from_images import gl_mcm, odin
+from clipn.methods.negatives import (
+    CSP,
+    NEGLABEL,
+    Negatives,
+    Pool,
+    mine,
+    neglabel,
+    neglabel_clipn,
+    read_words,
+    save_negatives,
+)
 from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head
 from clipn.runtime.distributed import is_main
 from clipn.scores import SCORES
 
-Score = Callable[[Tensor], Tensor]  # image features [B, D] -> [B]
+Score = Callable[[Tensor], Tensor]  # features [B, D] or images [B, 3, H, W] -> [B], higher for in-distribution
 
-WITH_CLIPN = "+CLIPN"  # after a word score's name: times p_yes
-WORD_SCORES = (*POOLS, *(name + WITH_CLIPN for name in POOLS))
-METHODS = (*SCORES, *WORD_SCORES, *FEATURE_SCORES, *IMAGE_SCORES)
+
+@dataclass
+class MethodInputs:
+    """What methods are made from; some parts are only for methods that need them."""
+
+    model: CLIPN
+    head: Head
+    class_names: Sequence[str]
+    scale: float = 100.0
+    train: Tensor | None = None  # features [M, D] of ID training images
+    labels: Tensor | None = None  # [M], of these images
+    words: str | Path | None = None  # a word list or WordNet folder
+    folder: Path | None = None  # where mined words are written
+    results: dict[str, Any] = field(default_factory=dict)  # what several methods share
+
+    def once(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The result of `compute`, computed once for all methods that ask for this key."""
+        if key not in self.results:
+            self.results[key] = compute()
+        return self.results[key]
+
+
+class Method(NamedTuple):
+    """How a score is made, what it is a function of ("features" or "images"), and which inputs it needs."""
+
+    takes: str
+    make: Callable[[MethodInputs], Score]
+    needs: tuple[str, ...] = ()  # of "train", "labels", "words"
+
+
+def _mine(inputs: MethodInputs, pool: Pool) -> Negatives:
+    words = read_words(inputs.words, pool.left_out)
+    negatives = mine(inputs.model, get_tokenizer(inputs.model.architecture), words, inputs.class_names, pool)
+    if inputs.folder and is_main():
+        save_negatives(negatives, inputs.folder / f"negatives_{pool.name}.tsv")
+    return negatives
+
+
+def _against_words(pool: Pool, with_clipn: bool = False) -> Method:
+    def make(inputs: MethodInputs) -> Score:
+        negatives = inputs.once(f"negatives {pool.name}", lambda: _mine(inputs, pool))
+        if with_clipn:
+            return partial(neglabel_clipn, negatives=negatives, head=inputs.head, scale=inputs.scale)
+        return partial(neglabel, negatives=negatives, scale=inputs.scale)
+
+    return Method("features", make, ("words",))
+
+
+METHODS: dict[str, Method] = {
+    "NegLabel": _against_words(NEGLABEL),
+    "CSP": _against_words(CSP),
+    "NegLabel+CLIPN": _against_words(NEGLABEL, with_clipn=True),
+    "CSP+CLIPN": _against_words(CSP, with_clipn=True),
+    "kNN": Method("features", lambda x: fit_knn(x.train), ("train",)),
+    "Mahalanobis": Method(
+        "features", lambda x: fit_mahalanobis(x.train, x.labels, len(x.head.weight_yes)), ("train", "labels")
+    ),
+    "RMD": Method("features", lambda x: fit_rmd(x.train, x.labels, len(x.head.weight_yes)), ("train", "labels")),
+    "ViM": Method("features", lambda x: fit_vim(x.train, x.head.weight_yes, x.scale), ("train",)),
+    "Residual": Method("features", lambda x: fit_residual(x.train), ("train",)),
+    "ReAct": Method("features", lambda x: fit_react(x.train, x.head.weight_yes, x.scale), ("train",)),
+    "GL-MCM": Method("images", lambda x: partial(gl_mcm, x.model, x.head, scale=x.scale)),
+    "ODIN": Method("images", lambda x: partial(odin, x.model, x.head, scale=x.scale)),
+}
+METHOD_NAMES = (*SCORES, *METHODS)
 
 
 def check_methods(settings: EvalConfig) -> None:
-    """Raises ValueError for a score that is unknown, or that needs eval.train or eval.words where there is none."""
+    """Raise ValueError or FileNotFoundError for an unknown method, and for one without what it needs from eval."""
     if len(set(settings.methods)) < len(settings.methods):
-        raise ValueError(f"eval.methods={settings.methods}: one is named twice")
+        raise ValueError(f"eval.methods={settings.methods}: a method is named twice")
     for method in settings.methods:
-        if method not in METHODS:
-            raise ValueError(f"eval.methods: unknown score {method!r}; the scores are: {', '.join(METHODS)}")
-        if method in FEATURE_SCORES and not settings.train:
+        if method not in METHOD_NAMES:
+            raise ValueError(f"eval.methods: unknown score {method!r}; the scores are: {', '.join(METHOD_NAMES)}")
+    for method in methods_that_need("train", settings.methods):
+        if not settings.train:
             raise ValueError(f"eval.methods: {method} needs in-distribution training images: name them in eval.train")
-        if method in WORD_SCORES and not settings.words:
+    for method in methods_that_need("words", settings.methods):
+        if not settings.words:
             raise ValueError(f"eval.methods: {method} needs candidate words: a list or WordNet folder in eval.words")
-        if method in WORD_SCORES and not Path(settings.words).exists():
-            raise FileNotFoundError(f"eval.words={settings.words!r}: no such word list or WordNet folder")
+        try:
+            read_words(settings.words)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"eval.words: {error}") from error
 
 
-def feature_methods(
-    settings: EvalConfig,
-    model: CLIPN,
-    head: Head,
-    class_names: Sequence[str],
-    train: tuple[Tensor, list[int]] | None,
-    folder: Path,
-) -> dict[str, Score]:
-    """The scores that look at image features, each a function [B, D] -> [B], in the order of eval.methods.
-
-    train: features [M, D] and labels [M] of in-distribution training images. Mined words are written in `folder`.
-    Raises ValueError as the scores' fits and `read_words` do.
-    """
-    made: dict[str, Score] = {}
-    for method in settings.methods:
-        if method in FEATURE_SCORES:
-            features, labels = train
-            known = torch.tensor(labels, device=features.device) if labels else None
-            made[method] = FEATURE_SCORES[method](features, known, head, settings.scale)
-        elif method in WORD_SCORES and method not in made:
-            pool = method.removesuffix(WITH_CLIPN)
-            words = read_words(settings.words, POOLS[pool].left_out)
-            negatives = mine(model, get_tokenizer(model.architecture), words, class_names, POOLS[pool])
-            if is_main():
-                save_negatives(negatives, folder / f"negatives_{pool}.tsv")
-            made[pool] = partial(neglabel, negatives=negatives, scale=settings.scale)
-            made[pool + WITH_CLIPN] = partial(neglabel_clipn, negatives=negatives, head=head, scale=settings.scale)
-    return {method: made[method] for method in settings.methods if method in made}
+def methods_that_need(name: str, methods: Sequence[str]) -> list[str]:
+    """Those of the methods that need "train", "labels" or "words"."""
+    return [method for method in methods if method in METHODS and name in METHODS[method].needs]
 
 
-def image_methods(settings: EvalConfig, model: CLIPN, head: Head) -> dict[str, Score]:
-    """The scores that look at the image itself, each a function [B, 3, H, W] -> [B]."""
-    wanted = [method for method in settings.methods if method in IMAGE_SCORES]
-    return {method: partial(IMAGE_SCORES[method], model, head, scale=settings.scale) for method in wanted}
+def make_methods(takes: str, methods: Sequence[str], inputs: MethodInputs) -> dict[str, Score]:
+    """The scores among the methods that are functions of "features" or of "images"; raises as their `make` does."""
+    chosen = {name: METHODS[name] for name in methods if name in METHODS}
+    return {name: method.make(inputs) for name, method in chosen.items() if method.takes == takes}
