@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,10 +37,15 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES.keys())
-def family(request):
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
+def untouched(request):
     torch.manual_seed(0)
-    return clipn.create_model_and_transforms(copy.deepcopy(request.param), num_prompts=3)[0]
+    return clipn.create_model_and_transforms(request.param, num_prompts=3)[0]
+
+
+@pytest.fixture
+def family(untouched):
+    return copy.deepcopy(untouched)
 
 
 def tokens_of(model):
@@ -58,7 +65,7 @@ def test_features_are_unit_length_float32(family):
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
 
 
-def test_text_is_read_as_open_clip_reads_it(family):
+def test_text_features_are_open_clips(family):
     tokens = tokens_of(family)
     expected = family.base.encode_text(tokens, normalize=True)
     torch.testing.assert_close(family.encode_text(tokens), expected, rtol=1e-5, atol=1e-6)
@@ -70,9 +77,9 @@ def test_only_the_no_tower_learns_and_all_of_it(family):
     family.train()
     tokens = tokens_of(family)
     image = family.encode_image(torch.randn(3, 3, 32, 32))
-    no = family.encode_no_text(tokens, torch.tensor([0, 1, 3]))
-    terms = clipn.losses.itbo_loss(image, family.encode_text(tokens), no, family.logit_scale.exp())
-    (sum(terms) + clipn.losses.tso_loss(family.encode_text(tokens), no)).sum().backward()
+    yes, no = family.encode_text(tokens), family.encode_no_text(tokens, torch.tensor([0, 1, 3]))
+    terms = clipn.losses.itbo_loss(image, yes, no, family.logit_scale.exp())
+    (sum(terms) + clipn.losses.tso_loss(yes, no)).sum().backward()
     assert {name.split(".")[0] for name, p in family.named_parameters() if p.requires_grad} == {"no_text"}
     assert all(p.grad is None for p in family.base.parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in family.no_text.parameters())
@@ -93,7 +100,7 @@ def test_checkpoint_round_trip(family, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_each_caption_gets_the_prompt_that_was_chosen_for_it():
+def test_each_caption_gets_its_chosen_prompt():
     model, _, _ = clipn.create_model_and_transforms(architecture(), num_prompts=2)
     torch.nn.init.normal_(model.no_text.prompts)
     tokens = tokens_of(model)[[0, 0, 0]]
@@ -135,7 +142,7 @@ def test_a_plain_clip_gives_both_towers(tmp_path):
         assert torch.equal(model.base.text.state_dict()[name], value)
 
 
-def test_statistics_come_with_the_checkpoint_and_can_be_given(tmp_path, small_config):
+def test_statistics_come_from_the_checkpoint_or_the_caller(tmp_path, small_config):
     model, _, _ = clipn.create_model_and_transforms(small_config)
     preprocess = {**model.preprocess, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 1.0)}
     path = tmp_path / "epoch_1.pt"
@@ -144,8 +151,8 @@ def test_statistics_come_with_the_checkpoint_and_can_be_given(tmp_path, small_co
     assert loaded.preprocess["std"] == (0.25, 0.5, 1.0)
     for transform in (train_transform, val_transform):
         assert tuple(transform.transforms[-1].std) == (0.25, 0.5, 1.0)
-    given, _, _ = clipn.create_model_and_transforms(small_config, path, image_mean=[0, 0, 0])
-    assert given.preprocess["mean"] == (0, 0, 0) and given.preprocess["std"] == (0.25, 0.5, 1.0)
+    override, _, _ = clipn.create_model_and_transforms(small_config, path, image_mean=[0, 0, 0])
+    assert override.preprocess["mean"] == (0, 0, 0) and override.preprocess["std"] == (0.25, 0.5, 1.0)
 
 
 def test_a_json_config_does_not_change_open_clips_names(tmp_path):
@@ -157,20 +164,51 @@ def test_a_json_config_does_not_change_open_clips_names(tmp_path):
     assert open_clip.get_model_config("ViT-B-16")["embed_dim"] == 512
 
 
-def test_unknown_names_are_told_with_the_choices(tmp_path, small_config):
-    with pytest.raises(ValueError, match="'ViT-Z'.*ViT-B-16"):
-        clipn.create_model_and_transforms("ViT-Z")
-    with pytest.raises(ValueError, match="'ViT-Z'"):
-        clipn.get_tokenizer("ViT-Z")
-    with pytest.raises(ValueError, match="no such file, and no open_clip tag.*laion2b_s34b_b88k"):
-        clipn.create_model_and_transforms("ViT-B-16", "no_such_tag")
-    with pytest.raises(ValueError, match="no such file"):
-        clipn.create_model_and_transforms(small_config, "missing.pt")
-    with pytest.raises(FileNotFoundError, match=r"missing\.json"):
-        clipn.create_model_and_transforms("missing.json")
-    (tmp_path / "other.json").write_text('{"embed_dim": 3}')
-    with pytest.raises(ValueError, match="vision_cfg, text_cfg"):
+@pytest.mark.parametrize(
+    ("name", "pretrained", "error", "message"),
+    [
+        ("ViT-Z", None, ValueError, "'ViT-Z'.*ViT-B-16"),
+        ("ViT-B-16", "no_such_tag", ValueError, "no such file, and no open_clip tag.*laion2b_s34b_b88k"),
+        (architecture(), "missing.pt", ValueError, "no such file"),
+        ("missing.json", None, FileNotFoundError, r"missing\.json"),
+    ],
+)
+def test_an_unknown_name_is_an_error_with_the_choices(name, pretrained, error, message):
+    with pytest.raises(error, match=message):
+        clipn.create_model_and_transforms(name, pretrained)
+    if not pretrained:
+        with pytest.raises(error, match=message):
+            clipn.get_tokenizer(name)
+
+
+@pytest.mark.parametrize(
+    "text, message", [('{"embed_dim": 3}', "vision_cfg, text_cfg is missing"), ("{", "not valid JSON")]
+)
+def test_a_file_that_is_not_a_model_config_is_an_error(tmp_path, text, message):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"other\.json: .*{message}"):
         clipn.get_tokenizer(str(tmp_path / "other.json"))
+
+
+def test_the_weights_decide_the_activation(tmp_path, small_config):
+    base, made = build_base(architecture(quick_gelu=True))
+    write_checkpoint({"state_dict": base.state_dict(), "architecture": made}, tmp_path / "clip.pt")
+    images = torch.randn(1, 3, 32, 32)
+    loaded, loaded_architecture = build_base(small_config, tmp_path / "clip.pt")
+    torch.testing.assert_close(loaded.eval().encode_image(images), base.eval().encode_image(images))
+    assert loaded_architecture["quick_gelu"]
+    model, _, _ = clipn.create_model_and_transforms(small_config, tmp_path / "clip.pt")
+    torch.testing.assert_close(model.encode_image(images), base.encode_image(images, normalize=True))
+
+
+def test_the_detector_loads_no_code_of_training_or_evaluation():
+    code = "import sys, clipn; clipn.Detector; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"pandas", "omegaconf", "sklearn", "matplotlib", "tensorboard", "torch.utils.tensorboard", "gradio"}
+    assert "clipn.deploy.detector" in loaded and not heavy & set(loaded)
+    assert not [
+        name for name in loaded if name.startswith(("clipn.training", "clipn.report", "clipn.deploy.model_card"))
+    ]
 
 
 def test_hugging_face_text_towers(tmp_path):
