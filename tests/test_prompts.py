@@ -224,7 +224,7 @@ def test_name_files_that_cannot_be_read(tmp_path):
 
 def test_names_that_classes_share_are_allowed_and_told(caplog):
     assert load_class_names(["sunglasses", "key", "sunglasses"], ["a", "b", "c"]).count("sunglasses") == 2
-    assert "several classes have one name" in caplog.text and "sunglasses" in caplog.text
+    assert "several classes have the same name" in caplog.text and "sunglasses" in caplog.text
 
 
 @pytest.mark.parametrize("names", [[None, "key"], [False, "key"], {"a": ["cat", "tom"], "b": "key"}])

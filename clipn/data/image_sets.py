@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +24,47 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A named list of image files; `labels` index `classes` (the class folders).
-
-    Both are empty for a folder that holds images itself. `left_out` are files that turned out to be unreadable.
-    """
+    """A named list of image files; `labels` index `classes`, the class folders. Both are empty for a flat folder."""
 
     name: str
     root: Path
     paths: list[Path]
     labels: list[int]
     classes: list[str]
-    left_out: list[Path] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)  # unreadable files
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def without(self, numbers: Sequence[int]) -> ImageSet:
-        """The set without these unreadable images."""
-        gone = set(numbers)
-        kept = [number for number in range(len(self)) if number not in gone]
-        labels = [self.labels[number] for number in kept] if self.labels else []
-        paths = [self.paths[number] for number in kept]
-        return replace(self, paths=paths, labels=labels, left_out=[self.paths[number] for number in sorted(gone)])
+        """The set without these unreadable images, which are then in `left_out`."""
+        unreadable = set(numbers)
+        kept = [number for number in range(len(self)) if number not in unreadable]
+        paths, labels = [self.paths[number] for number in kept], [self.labels[number] for number in kept if self.labels]
+        return replace(self, paths=paths, labels=labels, left_out=[self.paths[number] for number in sorted(unreadable)])
 
 
 def open_image_set(
     name: str, root: str | Path, classes: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> ImageSet:
-    """List a folder's images. `classes` keeps only these class folders, `exclude` drops some.
+    """The images of a folder. `classes` keeps only these class folders, `exclude` drops some.
 
-    Raises FileNotFoundError for a missing folder; ValueError for one without images, for an empty class folder, or
-    for a class that is not there.
+    Raises FileNotFoundError for a missing folder; ValueError for one without images, an empty class folder or an
+    unknown class.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"image set {name!r}: no such folder: {root}; expected {root}/<class>/<image>.jpg")
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    for asked in [*(classes or ()), *exclude]:
-        if asked not in folders:
-            raise ValueError(f"image set {name!r}: {root} has no class folder {asked!r}; it has: {_some(folders)}")
-    loose = any(_is_image(entry.name) for entry in root.iterdir())
-    if loose and (classes or exclude):
+    for folder in [*(classes or ()), *exclude]:
+        if folder not in folders:
+            raise ValueError(
+                f"image set {name!r}: {root} has no class folder {folder!r}; it has: {_shortened(folders)}"
+            )
+    flat = any(_is_image(entry.name) for entry in root.iterdir())
+    if flat and (classes or exclude):
         raise ValueError(f"image set {name!r}: {root} has images beside its class folders, so none can be chosen")
-    if loose or not folders:  # not sorted into classes: every image below, without labels
+    if flat or not folders:  # every image below, without labels
         paths = sorted(find_images(root))
         if not paths:
             raise ValueError(f"image set {name!r}: no image in {root} ({', '.join(IMAGE_SUFFIXES)})")
@@ -73,23 +72,23 @@ def open_image_set(
     kept = [folder for folder in folders if (classes is None or folder in classes) and folder not in exclude]
     paths, labels = [], []
     for label, folder in enumerate(kept):
-        found = sorted(find_images(root / folder))
-        if not found:
+        images = sorted(find_images(root / folder))
+        if not images:
             raise ValueError(f"image set {name!r}: the class folder {root / folder} holds no image")
-        paths += found
-        labels += [label] * len(found)
+        paths += images
+        labels += [label] * len(images)
     if not paths:
-        raise ValueError(f"image set {name!r}: no class folder of {root} is left; it has: {_some(folders)}")
+        raise ValueError(f"image set {name!r}: no class folder of {root} is left; it has: {_shortened(folders)}")
     return ImageSet(name, root, paths, labels, kept)
 
 
 def open_known_set(
     name: str, known: str, root: str | Path, classes: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> ImageSet:
-    """`open_image_set` for one of `known_sets.KNOWN_SETS`, which has to be there whole.
+    """`open_image_set` for one of `known_sets.KNOWN_SETS`, which must be complete.
 
     Raises FileNotFoundError for a missing folder, ValueError for other numbers of images or class folders than were
-    published; both show the expected tree and where to get it.
+    published; both name the expected tree and its source.
     """
     published = known_set(known)
     try:
@@ -113,10 +112,10 @@ def open_known_set(
 
 
 def open_image_sets(value: Any, key: str) -> list[ImageSet]:
-    """The image sets behind eval.id or eval.ood.
+    """The image sets of eval.id or eval.ood.
 
-    value: a folder, a list of folders, {name: folder}, or {name: {path, known, classes, exclude}}; a folder alone is
-    named after itself. Raises ValueError for anything else, and what `open_image_set` and `open_known_set` raise.
+    value: a folder, a list of folders, {name: folder}, or {name: {path, known, classes, exclude}}; without a name, a
+    set has that of its folder. Raises ValueError for anything else, and as `open_image_set` and `open_known_set` do.
     """
     if isinstance(value, str):
         value = [value]
@@ -131,12 +130,10 @@ def open_image_sets(value: Any, key: str) -> list[ImageSet]:
             raise ValueError(f"{key}.{name}={entry!r}: expected a folder, or path with known, classes or exclude")
         classes, exclude = (_listed(entry.get(choice)) for choice in ("classes", "exclude"))
         known = entry.get("known")
-        if known is None:
-            sets.append(open_image_set(str(name), entry["path"], classes, exclude or ()))
-        elif str(known) in KNOWN_SETS:
-            sets.append(open_known_set(str(name), str(known), entry["path"], classes, exclude or ()))
-        else:
+        if known is not None and str(known) not in KNOWN_SETS:
             raise ValueError(f"{key}.{name}.known={known!r}: expected one of {', '.join(KNOWN_SETS)}")
+        opened = open_image_set if known is None else partial(open_known_set, known=str(known))
+        sets.append(opened(name=str(name), root=entry["path"], classes=classes, exclude=exclude or ()))
     return sets
 
 
@@ -144,10 +141,7 @@ BROKEN, UNREAD = 0, 1  # why an image is left out
 
 
 class ImageFiles(Dataset):
-    """Decodes and transforms the images of a set: index -> {"image": [3, H, W]}.
-
-    Or, in its place, BROKEN for what is no image, UNREAD for a file that cannot be read now.
-    """
+    """index -> {"image": [3, H, W]}; BROKEN for a file that is no image, UNREAD for one that cannot be read now."""
 
     def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
         self.paths, self.transform = paths, transform
@@ -170,12 +164,12 @@ class ImageFiles(Dataset):
 
 
 def _listed(value: Any) -> list[str] | None:
-    """A choice of class folders: one name, or a list of them."""
+    """One name, or several, as a list."""
     return None if value is None else [value] if isinstance(value, str) else [str(name) for name in value]
 
 
 def _names_of(folders: Sequence[str], key: str) -> list[str]:
-    """The folders' own names, with as many parents before them as tell them apart."""
+    """The folders' own names, with as many parents as make them different."""
     for depth in range(1, max(len(Path(folder).parts) for folder in folders) + 1):
         names = ["/".join(Path(folder).parts[-depth:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -184,12 +178,12 @@ def _names_of(folders: Sequence[str], key: str) -> list[str]:
 
 
 def find_images(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
-    """The image files in and below a folder, in order, but for hidden ones and those in the folder `leave_out`."""
+    """The image files in and below a folder, in order, except hidden ones and those in the folder `leave_out`."""
     seen = {_identity(leave_out)} if leave_out and leave_out.exists() else set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         identity = _identity(parent)
         if identity in seen:
-            folders.clear()  # a link back, which has no end
+            folders.clear()  # a link back
             continue
         seen.add(identity)
         visible = [name for name in folders if not name.startswith(".")]
@@ -208,6 +202,6 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def _some(names: Sequence[str], limit: int = 10) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "none"
+def _shortened(names: Sequence[str], limit: int = 10) -> str:
+    rest = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest if names else "none"

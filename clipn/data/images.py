@@ -1,4 +1,4 @@
-"""Images: bytes or files -> RGB pictures -> the tensors that a model was trained on."""
+"""Images: from bytes, files, arrays and tensors to RGB images, and to the tensors of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchvision import transforms
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-_NARROWEST = 1000  # long side by short side
+_MAX_ASPECT_RATIO = 1000
 
 Transform = Callable[[Image.Image], Tensor]
 AnyImage = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor  # what `to_image` takes
@@ -25,7 +25,7 @@ AnyImage = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor  # 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a training image is varied. The defaults are the paper's: a mild crop and nothing else."""
+    """The augmentation of training images. The defaults are the paper's: a mild crop and nothing else."""
 
     crop_scale: Sequence[float] = (0.9, 1.0)  # share of the image's area
     flip: float = 0.0  # probability
@@ -34,66 +34,59 @@ class Augmentation:
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
-    """Decode a file or a file's bytes to RGB: the first frame, upright as its EXIF data says, 8 bits a channel.
+    """The RGB image of a file or a file's bytes: its first frame, as by `to_rgb`.
 
-    Raises OSError, ValueError or PIL's DecompressionBombError when it is no readable image.
+    Raises OSError, ValueError or PIL's DecompressionBombError for an unreadable image.
     """
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    with Image.open(source) as image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB: upright as its EXIF data says, 8 bits a channel.
+    """The image in RGB, 8 bits a channel, rotated as its EXIF data says.
 
-    Raises ValueError for one without pixels, or so narrow that it would fill the memory when its short side is resized.
+    Raises ValueError for an image without pixels, or so narrow that resizing its short side would fill the memory.
     """
-    if min(image.size) < 1 or max(image.size) > _NARROWEST * min(image.size):
-        raise ValueError(
-            f"{image.width} x {image.height} pixels: empty, or more than {_NARROWEST} times as long as wide"
-        )
-    upright = ImageOps.exif_transpose(image)  # a camera's pictures may lie on their side
-    if upright.mode[0] in "IF":  # 16 bits or a float a pixel, which PIL would clip, not scale
-        upright = _to_8_bits(upright)
-    return upright.convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    if image.mode == "F" and values.max() <= 1:
-        values = values * 255
-    elif image.mode not in "IF" or values.max() > 255:
-        values = values / 256
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if min(image.size) < 1 or max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
+        limit = f"{_MAX_ASPECT_RATIO} times as long as wide"
+        raise ValueError(f"{image.width} x {image.height} pixels: empty, or more than {limit}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 bits or a float a pixel, which PIL would clip, not scale
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        if image.mode == "F" and values.max() <= 1:
+            values = values * 255
+        elif image.mode not in "IF" or values.max() > 255:
+            values = values / 256
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def to_image(image: AnyImage) -> Image.Image | Tensor:
-    """What users have, as an RGB picture; or as it is, if it is one already preprocessed.
+    """Any kind of image as an RGB image; a preprocessed tensor is returned as it is.
 
     Paths, a file's bytes and open files are decoded. Arrays are [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], of 0..255 in
-    uint8 or 0..1 in floats. Tensors are pixels [1 or 3, H, W] in uint8, or what `val_transform` made, in floats. URLs
-    are never fetched. Raises ValueError or FileNotFoundError, in one line, for what is no readable image.
+    uint8 or 0..1 in floats. Tensors are pixels [1 or 3, H, W] in uint8, or outputs of `val_transform` in floats. URLs
+    are refused. Raises ValueError or FileNotFoundError, in one line, for an unreadable image.
     """
     if isinstance(image, Tensor):
-        return _pixels_of_tensor(image) if image.dtype == torch.uint8 else image
+        return _from_tensor(image) if image.dtype == torch.uint8 else image
     if isinstance(image, np.ndarray):
-        return _pixels_of_array(image)
+        return _from_array(image)
     if isinstance(image, str) and "://" in image:
-        raise ValueError(f"{image}: URLs are not fetched; download it, and give its path or bytes")
+        raise ValueError(f"{image}: URLs are not downloaded; pass the path or bytes of a local file")
     if isinstance(image, (str, Path)):
         path, name = Path(image), str(image)
         if not path.is_file():  # a pipe or a device may never end
             kind = ValueError if path.exists() else FileNotFoundError
             raise kind(f"{name}: {'not a file' if path.exists() else 'no such file'}")
     elif isinstance(image, Image.Image):
-        name = "the PIL image given"
+        name = "PIL image"
     elif hasattr(image, "read"):
-        image, name = image.read(), "the file given"
+        image, name = image.read(), "open file"
         if not isinstance(image, bytes):
-            raise ValueError(f"{name}: gives {type(image).__name__}, expected bytes; open it in binary mode")
+            raise ValueError(f"{name}: read() returns {type(image).__name__}, expected bytes; open it in binary mode")
     elif isinstance(image, (bytes, bytearray, memoryview)):
-        image, name = bytes(image), "the bytes given"
+        image, name = bytes(image), "bytes"
     else:
         kinds = "a path, bytes, an open file, a PIL image, an array or a tensor"
         raise ValueError(f"{type(image).__name__}: not an image; expected {kinds}")
@@ -107,7 +100,7 @@ def to_image(image: AnyImage) -> Image.Image | Tensor:
 
 
 def is_one_image(images: Any) -> bool:
-    """Whether it is one image for `to_image`, and not many. Raises ValueError for what is neither."""
+    """Whether `images` is one image for `to_image`, not several. Raises ValueError for any other value."""
     if isinstance(images, np.ndarray):
         return images.ndim in (2, 3)
     if isinstance(images, Tensor):
@@ -119,7 +112,7 @@ def is_one_image(images: Any) -> bool:
     return False
 
 
-def _pixels_of_array(array: np.ndarray) -> Image.Image:
+def _from_array(array: np.ndarray) -> Image.Image:
     grey = array.ndim == 2 or array.ndim == 3 and array.shape[2] == 1
     if not array.size or not grey and (array.ndim != 3 or array.shape[2] not in (3, 4)):
         raise ValueError(f"array of shape {list(array.shape)}: expected [height, width] or [height, width, 1, 3 or 4]")
@@ -132,14 +125,14 @@ def _pixels_of_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array[..., 0] if grey and array.ndim == 3 else array).convert("RGB")
 
 
-def _pixels_of_tensor(pixels: Tensor) -> Image.Image:
+def _from_tensor(pixels: Tensor) -> Image.Image:
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or not pixels.numel():
         raise ValueError(f"uint8 tensor of shape {list(pixels.shape)}: expected [1 or 3, height, width]")
-    return _pixels_of_array(pixels.permute(1, 2, 0).cpu().numpy())
+    return _from_array(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def train_transform(preprocess: dict, augmentation: Augmentation | None = None) -> Transform:
-    """RGB image -> random crop, normalised [3, H, W], with the statistics of `preprocess` (open_clip's dict)."""
+    """RGB image -> augmented, normalised [3, H, W], with the size and statistics of `preprocess` (open_clip's dict)."""
     cfg, augmentation = PreprocessCfg(**preprocess), augmentation or Augmentation()
     bicubic = transforms.InterpolationMode.BICUBIC
     steps = [transforms.RandomResizedCrop(cfg.size, scale=tuple(augmentation.crop_scale), interpolation=bicubic)]
@@ -158,14 +151,14 @@ def val_transform(preprocess: dict) -> Transform:
     return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
 
 
-def merge_preprocess(own: dict, told: dict, source: str) -> dict:
-    """A tower's own preprocessing with what a checkpoint tells of its statistics and resizing.
+def merge_preprocess(own: dict, stored: dict, source: str) -> dict:
+    """A tower's own preprocessing, updated with the statistics and resizing stored in a checkpoint.
 
     Raises ValueError for unknown keys, impossible values, or a size that is not the tower's.
     """
-    merged = {**own, **told}
+    merged = {**own, **stored}
     try:
-        val_transform(merged)  # which open_clip refuses to build of what it does not know
+        val_transform(merged)  # fails for keys and values that open_clip does not know
         mean, std = (np.array(merged[key], dtype=float) for key in ("mean", "std"))
         ok = mean.shape == std.shape == (3,) and np.isfinite([mean, std]).all() and (std > 0).all()
         ok = ok and np.all(np.array(merged["size"]) == np.array(own["size"]))
@@ -173,10 +166,10 @@ def merge_preprocess(own: dict, told: dict, source: str) -> dict:
         ok = False
     if not ok:
         expected = f"open_clip's keys, 3 means, 3 deviations above 0, and the tower's size {own['size']}"
-        raise ValueError(f"{source}: preprocess={told!r}: expected {expected}")
+        raise ValueError(f"{source}: preprocess={stored!r}: expected {expected}")
     return merged
 
 
 def default_preprocess(image_size: int | Sequence[int]) -> dict:
-    """open_clip's preprocessing (OpenAI's statistics) for a model that says nothing of its own."""
+    """open_clip's preprocessing (OpenAI's statistics), for a model without its own."""
     return asdict(PreprocessCfg(size=image_size))

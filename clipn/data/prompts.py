@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,45 +14,31 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMA
 
 log = logging.getLogger(__name__)
 
-# What the published evaluation leaves out of OpenAI's 80 ImageNet templates, and where its list has a stray comma.
-_LEFT_OUT = (
-    "embroidered",
-    "plastic",
-    "origami",
-    "toy",
-    "cartoon",
-    "plushie",
-    "hard to see",
-    "itap of my",
-    "art of the",
-)
+# The published evaluation drops OpenAI's templates with these words; its template number 34 has a comma at the end.
+_DROPPED = "embroidered|plastic|origami|toy|cartoon|plushie|hard to see|itap of my|art of the"
 _STRAY_COMMA = 34
 
 
 def openai_templates() -> list[str]:
-    """OpenAI's 80 templates for ImageNet, as texts with "{}"."""
+    """OpenAI's 80 templates for ImageNet, as strings with "{}"."""
     return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
 
 
 def simple_templates() -> list[str]:
-    """OpenAI's 7 best templates for ImageNet, as texts with "{}"."""
+    """OpenAI's 7 best templates for ImageNet, as strings with "{}"."""
     return [template("{}") for template in SIMPLE_IMAGENET_TEMPLATES]
 
 
 def clipn_release_templates() -> list[str]:
-    """The 128 templates behind CLIPN's published results.
-
-    The single quotes, and one comma after them, were part of the encoded texts.
-    """
-    kept = [text for text in openai_templates() if not any(words in text for words in _LEFT_OUT)]
-    quoted = [f"'{text}'" for text in kept]
+    """The 128 templates of CLIPN's published results, with the quotes and the comma that were encoded too."""
+    quoted = [f"'{text}'" for text in openai_templates() if not re.search(_DROPPED, text)]
     quoted[_STRAY_COMMA] += ","
     video = "in a video game"
     second = [text.replace(" of ", " with ", 1).replace(video, f"appearing {video}") for text in quoted]
     return quoted + second
 
 
-# The class name with its determiner, if it has one, and up to three words between: "a hard to see {}".
+# The class name with its determiner, if any, and up to three words between: "a hard to see {}".
 _NOUN_PHRASE = re.compile(r"(?:\b(?:a|an|the|my|one|many)\s+)?((?:(?<=\s)(?!(?:a|an|the|of)\s)[\w-]+\s+){0,3})\{\}")
 
 TEMPLATE_SETS = {
@@ -62,7 +49,7 @@ TEMPLATE_SETS = {
 
 
 def negate(template: str) -> str:
-    """The hand-crafted "no" twin of a template, by the rule behind the published list.
+    """The negation of a template, by the rule of the published list.
 
     "a photo of a clean {}." -> "a photo of no clean {}.", "a photo with a {}." -> "a photo without a {}.".
     """
@@ -72,7 +59,7 @@ def negate(template: str) -> str:
 
 
 def fill(template: str, text: str) -> str:
-    """The template with `text` in the place of each "{}"; other braces stay as they are."""
+    """The template with `text` for each "{}"; other braces stay."""
     return template.replace("{}", text)
 
 
@@ -87,7 +74,7 @@ def check_templates(templates: Sequence[str], source: str = "templates") -> list
 
 
 def load_templates(value: Any, source: str = "eval.templates") -> list[str]:
-    """Templates from a set's name, a text file (one per line), or a list. `source`: who gave it, for messages.
+    """Templates from a set's name, a text file (one per line), or a list. `source` is named in errors.
 
     Raises ValueError or FileNotFoundError that names the value and the choices.
     """
@@ -102,12 +89,12 @@ def load_templates(value: Any, source: str = "eval.templates") -> list[str]:
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
-    """The names as a list. Raises ValueError if there is none, or one that is empty or no text."""
+    """The names as a list. Raises ValueError if there is none, or one that is empty or no string."""
     names = list(class_names) if isinstance(class_names, Iterable) else []
     wrong = [name for name in names if not isinstance(name, str) or not name.strip()]
     if isinstance(class_names, str) or not names or wrong:
-        found = f"{wrong[0]!r} among them" if wrong else repr(class_names)
-        raise ValueError(f"class_names: expected a list of at least one name, none of them empty; found {found}")
+        value = f"{wrong[0]!r} among them" if wrong else repr(class_names)
+        raise ValueError(f"class_names: expected a list of at least one name, none of them empty; found {value}")
     return names
 
 
@@ -116,9 +103,9 @@ def load_class_names(value: Any, folders: Sequence[str] = (), source: str = "eva
 
     value: "folders" (the folder names, underscores as spaces), "imagenet" (open_clip's 1000), a list, a .txt file
     (one per line), or a .json file or dict with a list, or with a name (or "name, synonym, ...") for each folder.
-    Without folders a dict's own order counts.
+    Without folders, the order of the dict counts.
 
-    Raises ValueError when the number differs from the folders', FileNotFoundError for a missing file.
+    Raises ValueError when the number of names differs from that of the folders, FileNotFoundError for a missing file.
     """
     source = f"{source}={value!r}" if isinstance(value, str) else source
     names = value
@@ -128,31 +115,32 @@ def load_class_names(value: Any, folders: Sequence[str] = (), source: str = "eva
         names = list(IMAGENET_CLASSNAMES)
     elif isinstance(value, str):
         names = _read_names(Path(value), source)
-    if isinstance(names, dict) and not folders:
-        names = [n.split(",")[0] if isinstance(n, str) else n for n in names.values()]
-    elif isinstance(names, dict):
-        absent = [folder for folder in folders if folder not in names]
-        if absent:
-            raise ValueError(f"{source}: no name for the class folder {absent[0]!r} ({len(absent)} in all)")
-        names = [n.split(",")[0] if isinstance(n := names[folder], str) else n for folder in folders]
+    if isinstance(names, dict):
+        missing = [folder for folder in folders if folder not in names]
+        if missing:
+            raise ValueError(f"{source}: no name for the class folder {missing[0]!r} ({len(missing)} in all)")
+        synonyms = [names[folder] for folder in folders or names]
+        names = [name.split(",")[0] if isinstance(name, str) else name for name in synonyms]
     if not isinstance(names, (list, tuple)):
         raise ValueError(f"{source}: expected a list of names, or a name for each class folder; found {names!r}")
-    strange = [name for name in names if not isinstance(name, (str, int)) or isinstance(name, bool)]
-    if strange:  # YAML reads no and null as something else
-        raise ValueError(f"{source}: {strange[0]!r} is no name; put it in quotes")
+    wrong = [name for name in names if not isinstance(name, (str, int)) or isinstance(name, bool)]
+    if wrong:  # YAML reads no and null as other types
+        raise ValueError(f"{source}: {wrong[0]!r} is no name; put it in quotes")
     names = [str(name).strip() for name in names]
     if not names or not all(names):
         raise ValueError(f"{source}: expected names, found {'an empty one' if names else 'none'}")
     if folders and len(names) != len(folders):
         raise ValueError(f"{source}: {len(names)} class names for {len(folders)} class folders")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:  # ImageNet has such
-        log.warning("%s: several classes have one name, so nothing tells them apart: %s", source, ", ".join(twice))
+    shared = sorted(name for name, count in Counter(names).items() if count > 1)
+    if shared:  # as in ImageNet
+        log.warning(
+            "%s: several classes have the same name, so they cannot be distinguished: %s", source, ", ".join(shared)
+        )
     return names
 
 
 def class_names_of(value: str, source: str = "--classes") -> list[str]:
-    """The names that a command is given: a file as in `load_class_names`, imagenet, or names such as cat,dog.
+    """The class names of a command-line option: a file as in `load_class_names`, imagenet, or cat,dog.
 
     Raises ValueError or FileNotFoundError that names the value.
     """
