@@ -1,154 +1,188 @@
-"""The page of `clipn demo`. It alone imports Gradio, which is an extra."""
+"""The page of `clipn demo`. This is the only module that imports Gradio, an optional dependency."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import gradio as gr
+from PIL import Image, ImageOps
 
-from clipn.demo.cards import cards, choices, heading, paragraph, parse_class_names
+from clipn.data.images import open_image
+from clipn.demo.verdict import class_shares, parse_class_names, summary, verdict
 from clipn.deploy.detector import Detector
+from clipn.deploy.result import Result
 from clipn.runtime.console import printable
-from clipn.scores import SCORES
+from clipn.scores import DECISIONS, SCORES
 
-Pictures = list[tuple[str, Path]]  # names and files
+_CSS = """
+.card { border-left: .35rem solid var(--neutral-400) !important; }
+.known { border-left-color: #2b6cb0 !important; } .known h2 { color: #2b6cb0; } .dark .known h2 { color: #63a4e8; }
+.none { border-left-color: #d97b29 !important; } .none h2 { color: #b45309; } .dark .none h2 { color: #f0a35e; }
+.card .icon-button-wrapper { display: none; }
+"""
+_FONT = ["system-ui", "sans-serif"]  # of the reader's system, so that none is downloaded
+_THEME = gr.themes.Default(primary_hue="blue", font=_FONT, font_mono=_FONT).set(
+    button_primary_background_fill="*primary_600",
+    body_text_color_subdued="*neutral_500",
+    block_info_text_color="*neutral_500",
+)
 
-_DAY = 24 * 60 * 60
+_CLASSES = 5  # shown per image
+_THUMBNAIL = 160  # pixels
 _ABOUT = (
-    "Name some classes and drop pictures. The model says for each picture which of the classes it shows, or that it "
-    "shows none of them (out-of-distribution). Pictures stay on the machine that runs this page."
+    "Name some classes and drop images. For each image the model says which of the classes it shows, or that it shows "
+    "none of them (out-of-distribution). Images stay on the machine that runs this page."
 )
 _HOW = (
-    "A class's probability says how likely it is if the picture shows one of the classes. Yes and no say whether the "
-    "picture shows that class at all. All the no's together, each times its class's probability, make “unknown”. "
-    "Of every score, higher means more like your classes."
+    "**p_class**: how likely a class is if the image shows one of your classes. **p_yes** and **p_no**: whether "
+    "the image shows that class at all. With ATD each class keeps p_class × p_yes, and “unknown” has the rest: the "
+    "bars. **Scores**: higher means more like your classes."
 )
-_METHODS = {
-    "ATD": "ATD: a class or “unknown”?",
-    "CTW": "CTW: yes or no to the likeliest?",
-}
-_NO_NAMES = "Name at least one class: then pictures are judged."
-_NO_PICTURES = "No pictures yet: drop some above, or click there to choose them."
-_NO_CHOICE = "Choose a picture: it is judged with your classes."
-_ON_CLICK = """
-element.addEventListener("click", (event) => {
-  const button = event.target.closest("button");
-  if (!button) return;
-  for (const other of element.querySelectorAll("button")) other.setAttribute("aria-pressed", other === button);
-  trigger("click", {number: Number(button.dataset.number)});
-});
-"""
-_SHOW_VERDICT = '() => document.getElementById("example-verdict").scrollIntoView({block: "nearest"})'
+_METHODS = [("ATD: class or “unknown”", "ATD"), ("CTW: yes or no", "CTW")]
+_METHODS += [(f"{name}: a score only", name) for name in SCORES if name not in DECISIONS]
 
 
-class _Asked(NamedTuple):
-    """What is asked of every picture, and the button that asks."""
+def build_page(detector: Detector, examples: dict[str, list[Path]], class_names: Sequence[str], note: str) -> gr.Blocks:
+    """Return the page.
 
-    names: gr.Textbox
-    method: gr.Dropdown
-    button: gr.Button
-
-
-def build_page(
-    detector: Detector, examples: dict[str, list[Path]] | None, class_names: Sequence[str], note: str
-) -> gr.Blocks:
-    """The page; see `clipn.demo.build_demo`."""
-    # An upload is kept for a day, and looked at every hour.
-    with gr.Blocks(title="CLIPN", analytics_enabled=False, delete_cache=(_DAY // 24, _DAY)) as page:
-        _html(heading("Which class, or none of them?", _ABOUT, note))
+    examples: sets of images to choose from, by title; each image is named after its folder.
+    class_names: the initial content of the text box.
+    note: shown above everything else.
+    """
+    # Gradio checks every hour (3600 s) and deletes uploads after a day.
+    with gr.Blocks(title="CLIPN", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
+        gr.Markdown("\n\n".join(["# Which class, or none of them?", _ABOUT, f"> {_escape(note)}" if note else ""]))
         with gr.Row():
-            with gr.Column(scale=2, min_width=260):
-                asked = _questions(class_names, detector.method)
-            with gr.Column(scale=5, min_width=320), gr.Tabs():
-                with gr.Tab("Your pictures"):
-                    _pictures_tab(detector, asked)
-                if examples:
-                    with gr.Tab("Examples"):
-                        _examples_tab(detector, asked, examples)
+            with gr.Column(scale=1, min_width=270):
+                names, method, button = _questions(class_names, detector.method)
+            with gr.Column(scale=4, min_width=320):
+                images = _image_choice(examples)
+                classes = gr.State(list(class_names))
+                events = [names.blur, names.submit, button.click]
+                gr.on(events, parse_class_names, names, classes, api_visibility="private")
+
+                @gr.render([images, classes, method])  # also when the page is opened
+                def show(images: list[tuple[str, Path]], classes: list[str], method: str) -> None:
+                    _show_results(detector, images, classes, method)
+
     return page
 
 
-def _questions(class_names: Sequence[str], method: str) -> _Asked:
+def start(page: gr.Blocks, host: str, port: int, open_browser: bool = False) -> str:
+    """Serve the page in the background and return its address."""
+    page.launch(
+        server_name=host,
+        server_port=port,
+        inbrowser=open_browser,
+        prevent_thread_lock=True,
+        quiet=True,
+        share=False,
+        ssr_mode=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        max_file_size="100mb",
+        theme=_THEME,
+        css=_CSS,
+    )
+    return page.local_url
+
+
+def _questions(class_names: Sequence[str], method: str) -> tuple[gr.Textbox, gr.Dropdown, gr.Button]:
     names = gr.Textbox(
         "\n".join(class_names),
         label="Class names",
-        info="One a line, or separated by commas",
+        info="One per line, or separated by commas",
         placeholder="dog\ncat\nbicycle",
         lines=6,
         max_lines=12,
     )
-    labels = {name: _METHODS.get(name, f"{name}: a score only") for name in (*_METHODS, *SCORES)}
-    choice = gr.Dropdown(
-        [(label, name) for name, label in labels.items()], value=method, label="Method", filterable=False
-    )
-    button = gr.Button("Judge", variant="primary")
-    with gr.Accordion("How to read the cards", open=False):
-        _html(paragraph(_HOW))
-    return _Asked(names, choice, button)
+    dropdown = gr.Dropdown(_METHODS, value=method, label="Method", filterable=False)
+    button = gr.Button("Classify", variant="primary")
+    with gr.Accordion("How to read the results", open=False):
+        gr.Markdown(_HOW)
+    return names, dropdown, button
 
 
-def _pictures_tab(detector: Detector, asked: _Asked) -> None:
-    files = gr.File(file_count="multiple", label="Pictures", height=160)
-    verdicts = _html(paragraph(_NO_PICTURES), elem_id="verdicts")
+def _image_choice(examples: dict[str, list[Path]]) -> gr.State:
+    """Return the chosen images as (name, path): uploads, or one set of examples, named after their folders."""
+    images = gr.State([])
+    files = gr.File(file_count="multiple", label="Images", height=140)
 
-    def judge(paths: list[str] | None, names: list[str], method: str) -> str:
-        pictures = [(printable(Path(path).name), Path(path)) for path in paths or []]
-        return _judged(detector, pictures, names, method) if pictures else paragraph(_NO_PICTURES)
+    def read_files(paths: list[str] | None) -> list[tuple[str, Path]]:
+        return [(printable(Path(path).name), Path(path)) for path in paths or []]
 
-    _judge_on([files.change], judge, files, asked, verdicts)
+    gr.on([files.upload, files.delete, files.clear], read_files, files, images, api_visibility="private")
+    if examples:
+        sets = list(examples.values())
 
+        def choose(number: int) -> tuple[list[tuple[str, Path]], None]:
+            return [(f"example: {printable(path.parent.name).replace('_', ' ')}", path) for path in sets[number]], None
 
-def _examples_tab(detector: Detector, asked: _Asked, examples: dict[str, list[Path]]) -> None:
-    groups = {
-        title: [(printable(path.parent.name).replace("_", " "), path) for path in paths]
-        for title, paths in examples.items()
-    }
-    pictures = [picture for group in groups.values() for picture in group]
-    chosen = gr.State()
-    with gr.Row():
-        with gr.Column(min_width=300):
-            shelf = _html(choices(groups), js_on_load=_ON_CLICK)
-        with gr.Column(min_width=300):
-            said = _html(paragraph(_NO_CHOICE), elem_id="example-verdict")
-
-    def choose(event: gr.EventData) -> int:
-        return event.number
-
-    def judge(number: int | None, names: list[str], method: str) -> str:
-        return paragraph(_NO_CHOICE) if number is None else _judged(detector, [pictures[number]], names, method)
-
-    shelf.click(choose, None, chosen, show_progress="hidden", api_visibility="private")
-    _judge_on([chosen.change], judge, chosen, asked, said)
-    said.change(None, js=_SHOW_VERDICT, api_visibility="private")
+        choice = gr.Dataset(
+            components=["textbox"], samples=[[title] for title in examples], type="index", label="Examples"
+        )
+        choice.click(choose, choice, [images, files], api_visibility="private")
+    return images
 
 
-def _html(content: str, **more: Any) -> gr.HTML:
-    return gr.HTML(content, apply_default_css=False, **more)
+def _show_results(
+    detector: Detector, images: list[tuple[str, Path]], classes: list[str], method: str
+) -> gr.Markdown | None:
+    if not classes:
+        return gr.Markdown("Name at least one class to classify images.")
+    if not images:
+        return gr.Markdown("No images yet: drop some above, or choose examples.")
+    results = detector.with_classes(classes, method=method).predict([path for _, path in images], on_error="return")
+    gr.Markdown(summary(results))
+    for (name, path), result in zip(images, results, strict=True):
+        if isinstance(result, Result):
+            _show_result(name, path, result)
+        else:  # without the path, which names a folder of the server
+            with gr.Row(variant="panel", elem_classes="card"):
+                _text("not readable", str(result).replace(f"{path}: ", ""), name)
 
 
-def _judge_on(events: list[Any], judge: Callable[..., str], about: Any, asked: _Asked, said: gr.HTML) -> None:
-    """Run when something that the verdict depends on has changed, and not when nothing has."""
-    before, track = gr.State(), gr.Progress(track_tqdm=True)
+def _show_result(name: str, path: Path, result: Result) -> None:
+    entries, count = result.top(_CLASSES), len(result.class_names)
+    kind = {None: "score", False: "known", True: "none"}[result.says_ood]
+    with gr.Row(variant="panel", elem_classes=["card", kind]):
+        with gr.Column(scale=3, min_width=200):
+            gr.Image(_thumbnail(path), height=_THUMBNAIL, show_label=False, container=False, buttons=[])
+            _text(*verdict(result), name)
+        with gr.Column(scale=3, min_width=200):
+            title = "Class or “unknown”" if result.method == "ATD" else "Class probabilities"
+            gr.Label(class_shares(result, _CLASSES), label=title, show_heading=False)
+        with gr.Column(scale=4, min_width=280):
+            gr.Dataframe(
+                [[entry.label, *(f"{share:.1%}" for share in entry[1:])] for entry in entries],
+                headers=["class", "p_class", "p_yes", "p_no"],
+                interactive=False,
+                buttons=[],
+                column_widths=["28%", "28%", "22%", "22%"],
+                wrap=True,
+            )
+            rest = f"and {count - len(entries)} less likely\n\n" if count > len(entries) else ""
+            scores = [
+                f"**{key} {score:.4g}**" if key == result.method else f"{key} {score:.4g}"
+                for key, score in result.scores.items()
+            ]
+            gr.Markdown(f"{rest}Scores (higher: in-distribution): {' · '.join(scores)}")
 
-    def judge_once(what: Any, text: str, method: str, last: Any, progress: gr.Progress = track) -> Any:
-        now = (what, parse_class_names(text), method)
-        return gr.skip() if now == last else (judge(*now), now)
 
-    gr.on(
-        [*events, asked.button.click, asked.names.blur, asked.names.submit, asked.method.change],
-        judge_once,
-        [about, asked.names, asked.method, before],
-        [said, before],
-        show_progress_on=said,
-        trigger_mode="always_last",
-        api_visibility="private",
-    )
+def _text(title: str, reason: str, name: str) -> None:
+    gr.Markdown(f"## {_escape(title)}\n\n{_escape(reason)}\n\n*{_escape(name)}*")
 
 
-def _judged(detector: Detector, pictures: Pictures, names: list[str], method: str) -> str:
-    if not names:
-        return paragraph(_NO_NAMES)
-    found = detector.with_classes(names, method=method).predict([path for _, path in pictures], on_error="return")
-    return cards(pictures, found)
+def _escape(text: str) -> str:
+    """Return Markdown that shows the text as it is."""
+    return "".join(letter if letter.isalnum() or letter == " " else f"&#{ord(letter)};" for letter in text)
+
+
+@lru_cache(maxsize=512)  # the images stay while the classes change
+def _thumbnail(path: Path) -> Image.Image:
+    image, size = open_image(path), (_THUMBNAIL, _THUMBNAIL)
+    method = Image.Resampling.NEAREST if max(image.size) < _THUMBNAIL else Image.Resampling.BICUBIC
+    return ImageOps.contain(image, size, method)
