@@ -199,7 +199,7 @@ WRONG = [
     ("features", "batch_size", "0", "1 or more"),
     ("features", "seed", "-1", "0 or more"),
     ("features", "dtype", "int8", "float16"),
-    ("features", "precision", "fp8", "null or one of"),
+    ("features", "precision", "fp8", "null, fp32"),
     ("train", "micro_batch_size", "0", "1 or more"),
     ("eval", "methods", "[]", "at least one"),
     ("eval", "precision", "int8", "fp32"),

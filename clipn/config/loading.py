@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import reprlib
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,17 @@ def find_config(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    shipped = sorted(_PACKAGE.glob("configs/*.yaml"))
-    if path.parent in (Path(), Path("configs")):
-        for file in shipped:
-            if file.stem == path.name.removesuffix(".yaml"):
-                return file
-    raise FileNotFoundError(f"{path}: no such config file; those shipped are: {', '.join(p.stem for p in shipped)}")
+    shipped = {file.stem: file for file in sorted(_PACKAGE.glob("configs/*.yaml"))}
+    name = path.name.removesuffix(".yaml")
+    if path.parent in (Path(), Path("configs")) and name in shipped:
+        return shipped[name]
+    raise FileNotFoundError(f"{path}: no such config file; the shipped configs are: {', '.join(shipped)}")
 
 
 def find_file(value: Any) -> Any:
-    """A relative path to a .json or .txt file that is not here, but comes with the package; all else as it is.
+    """The path in the package of a .json or .txt file that is not in the working folder; any other value as it is.
 
-    Shipped configs name such files from the folder above configs/, wherever the command is run.
+    Shipped configs name such files relative to the package, wherever the command is run.
     """
     if not isinstance(value, str) or not value.endswith((".json", ".txt")) or Path(value).is_file():
         return value
@@ -50,14 +49,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     key and the choices, for an unknown key, a wrong type or an impossible value.
     """
     path = find_config(Path(path))
+    expected = f"expected sections ({_choices('')})"
     try:
         content = OmegaConf.load(path)
-    except OSError as error:  # OmegaConf's word for a file that holds one bare value
-        raise ValueError(f"{path}: expected sections ({_choices('')}), found a single value") from error
-    except Exception as error:  # values that do not suit their YAML tag raise many kinds
+    except OSError as error:  # OmegaConf's error for a file that holds a single value
+        raise ValueError(f"{path}: {expected}, found a single value") from error
+    except Exception as error:  # values that do not fit their YAML tag raise many kinds
         raise ValueError(f"{path}: not valid YAML: {_first_line(error)}") from error
     if not isinstance(content, DictConfig):
-        raise ValueError(f"{path}: expected sections ({_choices('')}), found {reprlib.repr(content)}")
+        raise ValueError(f"{path}: {expected}, found {reprlib.repr(content)}")
     tree = _merge(OmegaConf.structured(Config), content, str(path))
     for word in overrides:
         tree = _merge(tree, _parse_override(word), f"command line, {word}")
@@ -73,17 +73,15 @@ def base_config(config: Config) -> Config | None:
     """
     if not config.base:
         return None
-    tree = OmegaConf.structured(Config)
     own = OmegaConf.create(to_dict(config) | {"base": {}, "eval": {}})
     if config.train.resume != "never":
         own.train.resume = "auto"  # a path is meant for the run itself
-    # What only CLIPN's own training reads: a base serves runs that differ in it.
+    # Settings that only CLIPN's own training reads have their defaults, so that runs which differ in them share a base.
     own.data.source, own.train.micro_batch_size = "pairs", None
     own.features, own.model.num_prompts = FeaturesConfig(), ModelConfig().num_prompts
     for key in ("itbo_weight", "tso_weight", "tso_kind"):
         own.train[key] = getattr(TrainConfig(), key)
-    tree = _merge(tree, own, "base")
-    tree = _merge(tree, OmegaConf.create(config.base), "base")
+    tree = _merge(_merge(OmegaConf.structured(Config), own, "base"), OmegaConf.create(config.base), "base")
     tree.run.dir, tree.run.seeds = str(Path(config.run.dir) / "base"), []
     return _build(tree, "base")
 
@@ -102,34 +100,31 @@ def save_config(config: Config, path: str | Path) -> None:
 def _merge(tree: DictConfig, content: DictConfig, source: str) -> DictConfig:
     for section in content:
         value = content._get_node(section)
-        if str(section) in _choices("").split(", ") and not isinstance(value, DictConfig):
-            message = f"{source}: {section}: expected its keys ({_choices(section)}), found {reprlib.repr(value)}"
-            raise ValueError(_one_line(message))
-    if "base" in content and not content.base:  # merging with nothing would keep what is there
+        if section in _fields("") and not isinstance(value, DictConfig):
+            raise _error(source, f"{section}: expected its keys ({_choices(section)}), found {reprlib.repr(value)}")
+    if "base" in content and not content.base:  # a merge with an empty mapping would keep what is there
         tree = OmegaConf.merge(tree)
         tree.base = {}
     try:
         return OmegaConf.merge(tree, content)
     except Exception as error:  # OmegaConf's own errors, and a TypeError for a path into a list
-        raise ValueError(_explain(error, source)) from error
+        raise _error(source, _explain(error)) from error
 
 
 def _build(tree: DictConfig, source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     try:
         config = OmegaConf.to_object(tree)
         _check_finite(to_dict(config))
-        base_config(config)  # an error in `base` is told before any work starts
+        base_config(config)  # an error in `base` is reported before any work starts
+        return config
     except OmegaConfBaseException as error:
         message = f"{error.full_key}: {_first_line(error)}"
     except ValueError as error:
-        message = str(error)
-    else:
-        return config
-    words = [word.partition("=")[0] for word in overrides]
+        message = str(error).removeprefix(f"{source}: ")
     key = message.replace("base: ", "base.", 1)
-    if any(key.startswith((f"{word}=", f"{word}:")) for word in words):
+    if any(key.startswith((f"{word}=", f"{word}:")) for word in (word.partition("=")[0] for word in overrides)):
         source = "command line"
-    raise ValueError(_one_line(message if message.startswith(f"{source}: ") else f"{source}: {message}"))
+    raise _error(source, message)
 
 
 def _check_finite(tree: dict[str, Any], prefix: str = "") -> None:
@@ -144,45 +139,42 @@ def _parse_override(word: str) -> DictConfig:
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ValueError(f"command line, {word!r}: expected key=value, such as train.lr=1e-4")
-    try:
-        if not _is_text(key) or text in ("", "null") or text[0] in "'\"":
-            return OmegaConf.from_dotlist([word])
-        raise ValueError
-    except (
-        Exception
-    ):  # a text as it stands: 2024_11_21 is no number then; or not YAML, such as a glob that starts with *
-        tree = OmegaConf.create()
-        try:
-            OmegaConf.update(tree, key, text)
-        except Exception as error:
-            raise ValueError(_explain(error, f"command line, {word!r}")) from error
-        return tree
-
-
-def _is_text(key: str) -> bool:
-    """Whether a setting is typed as a text."""
     section, _, name = key.partition(".")
-    settings = getattr(Config(), section, None)
-    return is_dataclass(settings) and any(f.name == name and f.type.startswith("str") for f in fields(settings))
+    is_text = _fields(section).get(name, "").startswith("str")
+    if not is_text or text in ("", "null") or text[0] in "'\"":
+        try:
+            return OmegaConf.from_dotlist([word])
+        except Exception:  # not YAML, such as a glob that starts with *
+            pass
+    try:  # a text as it is typed: 2024_11_21 is not a number
+        tree = OmegaConf.create()
+        OmegaConf.update(tree, key, text)
+        return tree
+    except Exception as error:
+        raise _error(f"command line, {word!r}", _explain(error)) from error
 
 
-def _explain(error: Exception, source: str) -> str:
-    """One line for what OmegaConf found: the source, the key, and what could stand there."""
+def _explain(error: Exception) -> str:
+    """The key and the reason of OmegaConf's error, and the choices for an unknown key."""
     key = str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
     if isinstance(error, ConfigKeyError):
         section, _, name = key.rpartition(".")
-        choices = _choices(section)
-        near = difflib.get_close_matches(name, choices.split(", "), n=1)
+        near = difflib.get_close_matches(name, _fields(section), n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        return _one_line(f"{source}: {key}: unknown key{hint}; the keys here are: {choices}")
-    return _one_line(f"{source}: {key}: {_first_line(error)}" if key else f"{source}: {_first_line(error)}")
+        return f"{key}: unknown key{hint}; the keys here are: {_choices(section)}"
+    return f"{key}: {_first_line(error)}" if key else _first_line(error)
+
+
+def _fields(section: str) -> dict[str, str]:
+    """The settings of a section, or the sections of the config for "": names and types."""
+    settings: Any = Config()
+    for name in filter(None, section.split(".")):
+        settings = getattr(settings, name, None)
+    return {f.name: str(f.type) for f in dataclasses.fields(settings)} if dataclasses.is_dataclass(settings) else {}
 
 
 def _choices(section: str) -> str:
-    node: Any = Config()
-    for name in filter(None, section.split(".")):
-        node = getattr(node, name, None)
-    return ", ".join(f.name for f in fields(node)) if is_dataclass(node) else ""
+    return ", ".join(_fields(section))
 
 
 def _first_line(error: Exception) -> str:
@@ -191,5 +183,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0] + place
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def _error(source: str, message: str) -> ValueError:
+    """A ValueError of one line that starts with the source of the wrong setting."""
+    return ValueError(" ".join(f"{source}: {message}".split()))

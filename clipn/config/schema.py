@@ -1,4 +1,4 @@
-"""One run's settings: typed dataclasses, filled from a YAML file and `key=value` words through OmegaConf."""
+"""The settings of a run: dataclasses that check their values, filled by `clipn.config.loading`."""
 
 from __future__ import annotations
 
@@ -15,32 +15,51 @@ FEATURE_DTYPES = ("float16", "float32")
 
 
 def require(ok: bool, key: str, value: Any, expected: str) -> None:
+    """Raise ValueError, one line with the key, the value and what is expected, unless ok."""
     if not ok:
         raise ValueError(f"{key}={value!r}: expected {expected}")
 
 
+class _Section:
+    """Checks on the fields of a section, whose name is that of its class."""
+
+    def _check(self, name: str, ok: bool, expected: str) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
+        require(ok, f"{section}.{name}", getattr(self, name), expected)
+
+    def _at_least(self, minimum: int, *names: str) -> None:
+        for name in names:
+            self._check(name, getattr(self, name) >= minimum, f"{minimum} or more")
+
+    def _one_of(self, name: str, choices: tuple[str | None, ...]) -> None:
+        expected = ", ".join("null" if choice is None else choice for choice in choices)
+        self._check(name, getattr(self, name) in choices, f"one of {expected}")
+
+    def _seed(self, name: str) -> None:
+        seeds = getattr(self, name) if isinstance(getattr(self, name), list) else [getattr(self, name)]
+        self._check(name, all(0 <= seed < 2**31 for seed in seeds), "0 or more, up to 2147483647")
+
+
 @dataclass
-class RunConfig:
-    """Where a run lives and what its random draws start from."""
+class RunConfig(_Section):
+    """The folder, the seed and the device of a run."""
 
     dir: str = "runs/clipn"
     seed: int = 0
     seeds: list[int] = field(default_factory=list)  # several: one run each in dir/seed_N, then one table of all
-    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    device: str = "auto"  # auto: CUDA if there is a GPU, else the CPU | cpu | cuda | cuda:N | mps
 
     def __post_init__(self) -> None:
-        require(bool(self.dir), "run.dir", self.dir, "a folder")
-        for key, seeds in (("run.seed", [self.seed]), ("run.seeds", self.seeds)):
-            require(
-                all(0 <= seed < 2**31 for seed in seeds), key, getattr(self, key[4:]), "0 or more, up to 2147483647"
-            )
-        known = self.device in ("auto", "cpu", "cuda") or bool(re.fullmatch(r"cuda:[0-9]+", self.device))
-        require(known, "run.device", self.device, "one of auto, cpu, cuda, cuda:N")
+        self._check("dir", bool(self.dir), "a folder")
+        self._seed("seed")
+        self._seed("seeds")
+        ok = self.device in ("auto", "cpu", "cuda", "mps") or bool(re.fullmatch(r"cuda:[0-9]+", self.device))
+        self._check("device", ok, "one of auto, cpu, cuda, cuda:N, mps")
 
 
 @dataclass
-class WorldConfig:
-    """Data that is made or unpacked before anything else; `name: null` means the data is already there."""
+class WorldConfig(_Section):
+    """Data that is generated or unpacked before training; `name: null` if the data exists already."""
 
     name: str | None = None  # toy: the built-in drawn world | photos: unpack a folder of photo archives
     root: str = "${run.dir}/world"
@@ -51,38 +70,39 @@ class WorldConfig:
     seed: int = 0  # toy
 
     def __post_init__(self) -> None:
-        require(self.name is None or self.name in WORLDS, "world.name", self.name, f"null or one of {WORLDS}")
-        require(self.num_pairs >= 2, "world.num_pairs", self.num_pairs, "2 or more")
-        require(self.images_per_class >= 1, "world.images_per_class", self.images_per_class, "1 or more")
-        require(self.image_size >= 8, "world.image_size", self.image_size, "8 or more pixels")
+        self._one_of("name", (None, *WORLDS))
+        self._at_least(2, "num_pairs")
+        self._at_least(1, "images_per_class")
+        self._at_least(8, "image_size")
 
 
 @dataclass
-class ModelConfig:
-    """The base CLIP and the size of what CLIPN adds to it."""
+class ModelConfig(_Section):
+    """The base CLIP, and the number of prompts that CLIPN adds to it."""
 
     name: str = "ViT-B-16"  # open_clip name, or a path to a JSON model config
     pretrained: str | None = None  # open_clip tag, or a path to a checkpoint
     num_prompts: int = 16  # 0: the hand-crafted variant, which reads negated captions
-    image_mean: list[float] | None = None  # only for checkpoints that do not carry their statistics
+    image_mean: list[float] | None = None  # only for a checkpoint without statistics of its own
     image_std: list[float] | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.name), "model.name", self.name, "an open_clip model name or a JSON file")
-        require(self.num_prompts >= 0, "model.num_prompts", self.num_prompts, "0 or more")
-        for key, value in (("image_mean", self.image_mean), ("image_std", self.image_std)):
-            require(value is None or len(value) == 3, f"model.{key}", value, "three numbers, or null")
+        self._check("name", bool(self.name), "an open_clip model name or a JSON file")
+        self._at_least(0, "num_prompts")
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            self._check(name, value is None or len(value) == 3, "three numbers, or null")
 
 
 @dataclass
-class DataConfig:
-    """The image-caption pairs and how an image is cropped."""
+class DataConfig(_Section):
+    """The image-caption pairs, and how images are augmented."""
 
     root: str = "data"  # for ${data.root} in the paths of a config
     source: str = "pairs"  # pairs: read and encode them in every epoch | features: encode them once, see `features`
     shards: Any = ""  # "data/cc3m/{00000..00331}.tar", a glob, a list of those, or a .csv / .tsv file
     num_pairs: int | None = None  # pairs in an epoch; null: all there are
-    workers: int = 4  # decoding processes of each rank
+    workers: int = 4  # worker processes of each rank, which decode images
     max_bad_fraction: float = 0.05  # of broken or empty pairs, before a run stops
     caption_key: str | None = None  # read the caption from this key of the .json member, not from the .txt
     image_column: str = "filepath"  # CSV / TSV
@@ -92,51 +112,49 @@ class DataConfig:
     flip: float = 0.0  # probability of a mirrored image
     color_jitter: float = 0.0  # strength of brightness, contrast and saturation jitter
     erase: float = 0.0  # probability of an erased rectangle
-    index_dir: str | None = None  # where the shards' indexes are remembered; null: the user's cache folder
+    index_dir: str | None = None  # cache of the shards' indexes; null: the user's cache folder
 
     def __post_init__(self) -> None:
         many = isinstance(self.shards, (list, tuple)) and all(isinstance(s, str) for s in self.shards)
-        require(isinstance(self.shards, str) or many, "data.shards", self.shards, "a pattern or a list of patterns")
-        require(self.source in SOURCES, "data.source", self.source, f"one of {SOURCES}")
-        require(self.num_pairs is None or self.num_pairs >= 2, "data.num_pairs", self.num_pairs, "2 or more, or null")
-        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        require(0 <= self.max_bad_fraction <= 1, "data.max_bad_fraction", self.max_bad_fraction, "0 to 1")
+        self._check("shards", isinstance(self.shards, str) or many, "a pattern or a list of patterns")
+        self._one_of("source", SOURCES)
+        self._check("num_pairs", self.num_pairs is None or self.num_pairs >= 2, "2 or more, or null")
+        self._at_least(0, "workers")
+        self._check("max_bad_fraction", 0 <= self.max_bad_fraction <= 1, "0 to 1")
         scale = self.crop_scale
         ok = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
-        require(ok, "data.crop_scale", scale, "two numbers with 0 < low <= high <= 1")
-        require(bool(self.caption_templates), "data.caption_templates", self.caption_templates, "at least one")
+        self._check("crop_scale", ok, "two numbers with 0 < low <= high <= 1")
+        self._check("caption_templates", bool(self.caption_templates), "at least one")
         for template in self.caption_templates:
             require("{}" in template, "data.caption_templates", template, 'a text with "{}" in it')
-        require(0 <= self.flip <= 1, "data.flip", self.flip, "a probability")
-        require(0 <= self.erase <= 1, "data.erase", self.erase, "a probability")
-        require(0 <= self.color_jitter <= 1, "data.color_jitter", self.color_jitter, "0 to 1")
+        for name in ("flip", "erase"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "a probability")
+        self._check("color_jitter", 0 <= self.color_jitter <= 1, "0 to 1")
 
 
 @dataclass
-class FeaturesConfig:
-    """What the frozen towers make of pairs and image sets, computed once and kept on disk."""
+class FeaturesConfig(_Section):
+    """Outputs of the frozen towers for pairs and image sets, computed once and stored."""
 
     dir: str = "${run.dir}/features"
     views: int = 1  # random crops of each image (and draws of a caption template); epoch e reads view e % views
-    seed: int = 0  # of those draws: runs of any run.seed share features
-    dtype: str = "float16"  # of the pairs' features on disk: float16 | float32
+    seed: int = 0  # of those draws; runs of every run.seed share features
+    dtype: str = "float16"  # of the stored features: float16 | float32
     precision: str | None = None  # of the towers, while pairs are encoded; null: as train.precision
     batch_size: int = 256  # images encoded at once, on each rank
-    part_size: int = 1024  # pairs or images in a file: what a kill costs at most, and what ranks share
+    part_size: int = 1024  # pairs or images per file: the most that a kill loses, and the unit that ranks divide
 
     def __post_init__(self) -> None:
-        require(bool(self.dir), "features.dir", self.dir, "a folder")
-        for key in ("views", "batch_size", "part_size"):
-            require(getattr(self, key) >= 1, f"features.{key}", getattr(self, key), "1 or more")
-        require(0 <= self.seed < 2**31, "features.seed", self.seed, "0 or more, up to 2147483647")
-        require(self.dtype in FEATURE_DTYPES, "features.dtype", self.dtype, f"one of {FEATURE_DTYPES}")
-        known = self.precision is None or self.precision in PRECISIONS
-        require(known, "features.precision", self.precision, f"null or one of {PRECISIONS}")
+        self._check("dir", bool(self.dir), "a folder")
+        self._at_least(1, "views", "batch_size", "part_size")
+        self._seed("seed")
+        self._one_of("dtype", FEATURE_DTYPES)
+        self._one_of("precision", (None, *PRECISIONS))
 
 
 @dataclass
-class TrainConfig:
-    """What is trained and how: the defaults are the recipe of the paper's code."""
+class TrainConfig(_Section):
+    """The objective and the optimisation; the defaults are the recipe of the paper's code."""
 
     objective: str = "clipn"  # clipn: the no tower and its prompts | clip: the base itself
     epochs: int = 10
@@ -150,41 +168,37 @@ class TrainConfig:
     tso_weight: float = 1.0
     tso_kind: str = "l2"  # l2 | cosine
     precision: str = "bf16"  # fp32 | bf16 | fp16
-    micro_batch_size: int | None = None  # clipn: captions that each rank trains on at once; null: its whole share
+    micro_batch_size: int | None = None  # clipn: captions per forward pass of a rank; null: its whole share
     grad_checkpointing: bool = False  # recompute the no tower's activations instead of keeping them
     compile: bool = False  # torch.compile
-    resume: str = "auto"  # auto: the run's last checkpoint, if any | never | PATH: that, for a run that has none
-    checkpoint_every_steps: int = 1000  # besides one at the end of each epoch; 0: only those
-    checkpoint_every_minutes: float = 0.0  # the same by the clock; 0: not
-    keep_checkpoints: int = 2  # the newest, whatever step they are of
-    keep_every_epochs: int = 1  # of the epochs' checkpoints, besides the last one
-    log_every_steps: int = 20
+    resume: str = "auto"  # auto: from the run's last checkpoint | never | PATH: from this one, if the run has none
+    checkpoint_every_steps: int = 1000  # besides the end of each epoch; 0: only there
+    checkpoint_every_minutes: float = 0.0  # the same by time; 0: off
+    keep_checkpoints: int = 2  # of the newest checkpoints
+    keep_every_epochs: int = 1  # every N-th epoch's checkpoint is kept, and the last one's
+    log_every_steps: int = 20  # between these, a GPU computes without waiting to be read
 
     def __post_init__(self) -> None:
-        require(self.objective in OBJECTIVES, "train.objective", self.objective, f"one of {OBJECTIVES}")
-        require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {PRECISIONS}")
-        require(self.tso_kind in TSO_KINDS, "train.tso_kind", self.tso_kind, f"one of {TSO_KINDS}")
-        require(self.epochs >= 1, "train.epochs", self.epochs, "1 or more")
-        require(self.batch_size >= 2, "train.batch_size", self.batch_size, "2 or more: the losses compare pairs")
+        self._one_of("objective", OBJECTIVES)
+        self._one_of("precision", PRECISIONS)
+        self._one_of("tso_kind", TSO_KINDS)
+        self._check("batch_size", self.batch_size >= 2, "2 or more: the losses compare pairs")
         micro = self.micro_batch_size
-        require(micro is None or micro >= 1, "train.micro_batch_size", micro, "1 or more, or null")
+        self._check("micro_batch_size", micro is None or micro >= 1, "1 or more, or null")
         alone = micro is None or self.objective == "clipn"
-        require(alone, "train.micro_batch_size", micro, "null with train.objective=clip, which compares all texts")
-        require(self.lr > 0, "train.lr", self.lr, "a positive number")
+        self._check("micro_batch_size", alone, "null with train.objective=clip, which compares all texts")
+        self._check("lr", self.lr > 0, "a positive number")
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(ok, "train.betas", self.betas, "two numbers in [0, 1)")
-        for key in ("weight_decay", "eps", "warmup_steps", "itbo_weight", "tso_weight"):
-            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
-        for key in ("checkpoint_every_steps", "checkpoint_every_minutes"):
-            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
-        for key in ("log_every_steps", "keep_checkpoints", "keep_every_epochs"):
-            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        self._check("betas", ok, "two numbers in [0, 1)")
+        self._at_least(0, "weight_decay", "eps", "warmup_steps", "itbo_weight", "tso_weight")
+        self._at_least(0, "checkpoint_every_steps", "checkpoint_every_minutes")
+        self._at_least(1, "epochs", "log_every_steps", "keep_checkpoints", "keep_every_epochs")
         require(self.itbo_weight + self.tso_weight > 0, "train.itbo_weight", 0.0, "a loss: both weights are 0")
 
 
 @dataclass
-class EvalConfig:
-    """The image sets that a checkpoint is judged on; `id: null` means no evaluation."""
+class EvalConfig(_Section):
+    """The image sets and scores of an evaluation; `id: null` for none."""
 
     id: Any = None  # a folder, or {name: folder}, or {name: {path, classes | exclude}}
     ood: Any = None  # the same, one entry or many, or a list of folders
@@ -198,20 +212,20 @@ class EvalConfig:
     checkpoints: Any = None  # a path, a glob or a list: mean and deviation over them; null: this run's own
     batch_size: int = 256
     precision: str = "fp32"  # fp32 | bf16 | fp16
-    keep_features: bool = True  # in features.dir: other checkpoints of the same base, and other scores, read no image
+    keep_features: bool = True  # store image features in features.dir: other checkpoints of this base read no image
 
     def __post_init__(self) -> None:
-        require(self.precision in PRECISIONS, "eval.precision", self.precision, f"one of {PRECISIONS}")
-        require(self.scale > 0, "eval.scale", self.scale, "a positive number")
-        require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "1 or more")
-        require(self.bootstrap >= 0, "eval.bootstrap", self.bootstrap, "0 or more draws")
-        require(bool(self.methods), "eval.methods", self.methods, "at least one score")
-        require(self.id is None or bool(self.ood), "eval.ood", self.ood, "at least one image set beside eval.id")
+        self._one_of("precision", PRECISIONS)
+        self._check("scale", self.scale > 0, "a positive number")
+        self._at_least(1, "batch_size")
+        self._at_least(0, "bootstrap")
+        self._check("methods", bool(self.methods), "at least one score")
+        self._check("ood", self.id is None or bool(self.ood), "at least one image set beside eval.id")
 
 
 @dataclass
 class Config:
-    """A whole run. `base` holds what differs, key by key, while the base CLIP is trained first (empty: it is not)."""
+    """A whole run. `base` holds the settings that differ when the base CLIP is trained first (empty: it is not)."""
 
     run: RunConfig = field(default_factory=RunConfig)
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -223,5 +237,5 @@ class Config:
     base: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        fits = self.data.source == "pairs" or self.train.objective == "clipn"
-        require(fits, "data.source", self.data.source, "pairs with train.objective=clip: none of its towers is frozen")
+        ok = self.data.source == "pairs" or self.train.objective == "clipn"
+        require(ok, "data.source", self.data.source, "pairs with train.objective=clip: none of its towers is frozen")

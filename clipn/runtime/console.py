@@ -1,4 +1,4 @@
-"""What the command lines share: the run's log file, and errors as one line with an exit code that says what to do."""
+"""Command lines: the run's log file, and errors as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clipn.runtime.distributed import is_main, rank
-from clipn.runtime.signals import RESUME, Interrupted, install_signal_handlers
+from clipn.runtime.signals import RESUME, Interrupted, StalledRead, install_signal_handlers
 
-FAILED = 1  # the message says what to change
+FAILED = 1  # exit code of an error, whose message says what to change
 
 log = logging.getLogger("clipn")
 
 
 def start_log(folder: str | Path | None) -> None:
-    """Send the package's messages to the terminal and, if there is one, to the file `log` in a run's folder.
+    """Send the package's messages to the terminal and, with a run's folder, to its file `log`.
 
-    Of the other ranks, warnings go to `log.rankN` and errors to the terminal.
+    From other ranks than 0, warnings go to `log.rankN` and errors to the terminal.
     """
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -41,32 +41,38 @@ def start_log(folder: str | Path | None) -> None:
 
 
 def fail_in_one_line(main: Callable[[], None], stopped_code: int = RESUME) -> None:
-    """Run a command; an error that its user can mend is one line on stderr, not a traceback.
+    """Run a command; an error that the user can fix is one line on stderr, not a traceback.
 
-    stopped_code: for Ctrl-C or SIGTERM, RESUME where the same command goes on, STOPPED where it begins anew.
+    stopped_code: the exit code after Ctrl-C or SIGTERM; RESUME if the same command resumes, STOPPED if it starts again.
     """
-    install_signal_handlers()  # training has its own way to stop
+    install_signal_handlers()  # training installs its own
     try:
         main()
     except Interrupted as stopped:
         log.warning("%s: %s", stopped, _command())
         sys.exit(RESUME)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StalledRead):
         if stopped_code == RESUME:
-            log.warning("interrupted; the same command takes up what is not done yet: %s", _command())
+            log.warning("interrupted; the same command resumes: %s", _command())
         sys.exit(stopped_code)
     except (ValueError, OSError, FloatingPointError) as error:
-        # An error from a decoding process comes with that process's traceback; its last line is the error.
+        # An error in a worker process includes that process's traceback; its last line is the error.
         log.error("error: %s", (str(error).strip().splitlines() or [type(error).__name__])[-1])
+        sys.exit(FAILED)
+    except NotImplementedError as error:
+        if "MPS" not in str(error):
+            raise
+        message = str(error).split(". ")[0]
+        log.error("error: %s: set PYTORCH_ENABLE_MPS_FALLBACK=1, or use the device cpu (run.device=cpu)", message)
         sys.exit(FAILED)
 
 
 def _command() -> str:
-    """What was typed: run.sh says so, and else it was this script."""
+    """The command line that repeats this one; the entry point sets it in CLIPN_COMMAND."""
     return os.environ.get("CLIPN_COMMAND") or shlex.join(["python", *sys.argv])
 
 
 def printable(path: str | Path) -> str:
-    """A path as text that can be written in a line: what is no UTF-8 or does not print becomes U+FFFD."""
+    """A path as one line of text: bytes that are not UTF-8 and characters that do not print become U+FFFD."""
     text = os.fsencode(path).decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

@@ -1,4 +1,4 @@
-"""Files that are at every moment absent, old, or new and whole."""
+"""Files that are absent, old, or new and complete, at any moment."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write into, which takes the place of `path` only when all of it is on disk.
+    """Open a file that replaces `path` once all of it is on disk. Makes the folder.
 
-    Makes the folder. Raises OSError, as writing does; then `path` is as it was.
+    Raises OSError as writing does; `path` is then unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with open(partial, "wb") as file:
             yield file
@@ -30,8 +30,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def link_or_copy(path: Path, name: Path) -> None:
-    """Give a file a second name, in place of what had it: a hard link where the file system has them, else a copy."""
-    partial = name.with_name(f"{name.name}.{os.getpid()}.partial")
+    """Give a file a second name, replacing what had it: a hard link where the file system has them, else a copy."""
+    partial = _partial(name)
     try:
         try:
             os.link(path, partial)
@@ -40,3 +40,7 @@ def link_or_copy(path: Path, name: Path) -> None:
         os.replace(partial, name)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -1,31 +1,38 @@
-"""SIGINT and SIGTERM: end well what is under way, so that the same command can go on."""
+"""SIGINT and SIGTERM: how a stop request ends training, other work, worker processes and stalled reads."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
-# Exit codes of what was stopped on request.
-RESUME = 75  # the same command goes on
-STOPPED = 130  # the same command begins anew
+# Exit codes after a stop request.
+RESUME = 75  # the same command resumes
+STOPPED = 130  # the same command starts again
 
 STALL_GRACE = 3.0  # seconds that a read may still take after a stop request
+_REPEAT_AFTER = 5.0  # seconds: a repeated signal before that is torchrun's copy of one that the process group received
 
-_asked: list[int] = []  # the signals that have come, outside of training
+_asked: list[int] = []  # signals received outside of training
 _stop_time = RawValue("d", 0.0)  # time.monotonic() of the first stop request, 0 if none; shared with worker processes
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGINT or SIGTERM) and has written a checkpoint to go on from."""
+    """The run was asked to stop (SIGINT or SIGTERM) and has written a checkpoint to resume from."""
 
 
 class StalledRead(Exception):
     """A stop request ended a read that takes too long to wait for."""
+
+
+class _StopWaiting(BaseException):
+    """Raised by the signal handler while the training loop waits for a batch."""
 
 
 def end_stalled_read() -> None:
@@ -44,39 +51,52 @@ def _note_stop() -> None:
     _stop_time.value = _stop_time.value or time.monotonic()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM is put into, so that the step under way ends well; a second one kills."""
-    stop: list[int] = []
-    since: list[float] = []
+class StopSignals:
+    """A context that records SIGINT and SIGTERM, so that the current step is finished; a repeated signal kills."""
 
-    def note(number: int, frame: Any) -> None:
-        # torchrun passes on what the whole process group has got already: only a later repetition means "at once".
-        if stop and time.monotonic() - since[0] > 5:
-            signal.signal(number, before[number])
-            os.kill(os.getpid(), number)
-        elif not stop:
-            _note_stop()
-            stop.append(number)
-            since.append(time.monotonic())
+    def __init__(self) -> None:
+        self.received: int | None = None  # the number of the first signal
+        self._received_at, self._waiting = 0.0, False
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
+    def __enter__(self) -> StopSignals:
+        self._previous = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
         _stop_time.value = 0.0
-        for number, handler in before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def next(self, iterator: Iterator) -> Any:
+        """The iterator's next item, or None at its end or when a stop is requested before the item arrives."""
+        self._waiting = True
+        try:
+            return None if self.received else next(iterator, None)
+        except (_StopWaiting, StalledRead):
+            return None
+        finally:
+            self._waiting = False
+
+    def _record(self, number: int, frame: Any) -> None:
+        if self.received and time.monotonic() - self._received_at > _REPEAT_AFTER:
+            signal.signal(number, self._previous[number])
+            os.kill(os.getpid(), number)
+        elif not self.received:
+            _note_stop()
+            self.received, self._received_at = number, time.monotonic()
+            if self._waiting:
+                self._waiting = False
+                raise _StopWaiting
 
 
 def install_signal_handlers() -> None:
-    """From here on SIGINT and SIGTERM raise KeyboardInterrupt: at once, or where `stop_if_asked` is called next."""
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt: at once, or in the next call of `stop_if_asked`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _raise)
 
 
 def stop_if_asked() -> None:
-    """Raise KeyboardInterrupt if a signal has come that was lost: Python drops what is raised while a process forks."""
+    """Raise KeyboardInterrupt for a signal that was lost: Python drops what a handler raises while a process forks."""
     if _asked:
         raise KeyboardInterrupt
 
@@ -87,7 +107,30 @@ def _raise(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def leave_signals(worker: int) -> None:
-    """A stop is the main process's to handle: it ends the workers after the step under way."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def ignore_stop_signals(worker: int) -> None:
+    """Make a data-loading worker ignore SIGINT, and SIGTERM unless its parent sent it; a `worker_init_fn`.
+
+    A terminal and a cluster signal the whole process group, but the main process needs its workers for the current
+    step. It ends them itself: with SIGTERM where they do not answer, above all when Python exits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has no sender of a signal: SIGTERM keeps its action there
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def terminated_children() -> Iterator[None]:
+    """Terminate the child processes that were started inside the context, such as workers in a stalled read."""
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        for child in set(multiprocessing.active_children()) - before:
+            child.terminate()

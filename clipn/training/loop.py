@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -21,20 +22,28 @@ from clipn.data.shards import CAUSES
 from clipn.features.pairs import count_causes, feature_loader, pair_features
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint
-from clipn.runtime.distributed import barrier, choose_device, gather_rows, is_main, mean_over_ranks, world_size
-from clipn.runtime.signals import Interrupted, stop_signals
+from clipn.runtime.distributed import (
+    barrier,
+    choose_device,
+    gather_values,
+    is_main,
+    mean_over_ranks,
+    sum_over_ranks,
+    world_size,
+)
+from clipn.runtime.signals import Interrupted, StopSignals, terminated_children
 from clipn.training.objectives import OBJECTIVES, Batch, Objective
 from clipn.training.optimizer import build_optimizer, learning_rate
-from clipn.training.run_folder import Checkpoints, find_resume, locked
+from clipn.training.run_folder import FORMAT, Checkpoints, find_resume, locked
 from clipn.training.run_log import RunLog
 
 log = logging.getLogger(__name__)
 
-_SKIPPED_IN_A_ROW = 20  # steps that a loss scale halves itself in before the numbers are called bad
+_SKIPPED_IN_A_ROW = 20  # steps that an fp16 loss scale may skip, halving itself, before the run stops
 
 
 def train(config: Config) -> Path:
-    """Train as the config says, or go on where its run stopped; returns the last checkpoint.
+    """Train as the config says, or resume the run in its folder; returns the last checkpoint.
 
     Raises ValueError or FileNotFoundError for data, weights or a run folder that do not fit, before any step;
     ValueError when more pairs are bad than data.max_bad_fraction; OSError when a checkpoint cannot be written;
@@ -51,7 +60,7 @@ def _train(config: Config) -> None:
     from_features = config.data.source == "features"
     pairs = open_pairs(config.data) if config.data.shards or not from_features else None
     if pairs is not None:
-        epoch_batches(config, len(pairs))  # sizes that do not fit are told before any weight is loaded
+        epoch_batches(config, len(pairs))  # sizes that do not fit are an error before any weight is loaded
     resumed = find_resume(config)
     torch.manual_seed(config.run.seed)
     objective: Objective = OBJECTIVES[config.train.objective](config, device)
@@ -72,69 +81,75 @@ def _train(config: Config) -> None:
         loader, run.steps_per_epoch = training_loader(config, pairs, objective.preprocess, tokenizer, run.step)
     if is_main():
         save_config(config, Path(config.run.dir) / "config.yaml")
-    run.introduce()
-    with stop_signals() as stop:
+    run.log_summary()
+    with StopSignals() as stop:
         run.take_steps(loader, stop)
 
 
 class Step(NamedTuple):
-    """What an optimizer step found, alike on every rank except for the terms."""
+    """A step's values on this rank. They stay on the device: to read one is to wait for the device."""
 
-    loss: float
-    terms: dict[str, torch.Tensor]  # of this rank
-    grad_norm: float
-    stop: bool  # some rank was asked to stop before the step was over
-    due: bool  # some rank asks for a checkpoint
+    number: int  # counted from 1
+    pairs: Tensor  # [b], the pairs in this rank's share of the batch
+    loss: Tensor
+    grad_norm: Tensor
+    terms: dict[str, Tensor]
 
 
 class Run:
-    """One run under way: what changes with each step, and what is told and kept of it."""
+    """The state of a run, and what is logged and saved of it.
+
+    The numbers of a step are read and checked when it is logged and before a checkpoint is written, so a device never
+    waits for a step to be read. A run may compute some steps after a bad number, but it keeps none of them.
+    """
 
     def __init__(self, config: Config, objective: Objective, device: torch.device, pairs: Pairs | None = None) -> None:
         self.config, self.objective, self.device = config, objective, device
         self.optimizer = build_optimizer(objective.trained, config.train)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
+        barrier()  # ranks load weights at different speeds, and DistributedDataParallel waits for minutes only
         self.trained = objective.trained if world_size() == 1 else DistributedDataParallel(objective.trained)
-        self.name: Callable[[int], str] = pairs.name if pairs else "pair {}".format
+        self.pair_name: Callable[[int], str] = pairs.name if pairs else "pair {}".format
         self.step, self.steps_per_epoch, self.available, self.fingerprint = 0, 1, 0, ""
-        # Over all ranks and since the run began: pairs skipped by cause, and steps that an fp16 loss scale skipped.
-        self.skipped, self.skipped_steps, self.skipped_in_a_row = torch.zeros(len(CAUSES)), 0, 0
-        self.left_out = dict(pairs.faults) if pairs else {}  # pairs that no epoch gets to see, by cause
-        self.extra: dict[str, float] = {}
+        # Skipped pairs by cause: over all ranks when the run started or resumed, and of this rank since.
+        self.skipped_before, self.skipped = torch.zeros(len(CAUSES)), torch.zeros(len(CAUSES))
+        self.skipped_steps, self.skipped_in_a_row = 0, 0  # by an fp16 loss scale
+        self.left_out = dict(pairs.faults) if pairs else {}  # pairs that no epoch contains, by cause
         self.checkpoints: Checkpoints | None = None
-        self.numbers: torch.Tensor | None = None  # of the pairs in this rank's share of the batch
-        self.since, self.since_step = time.perf_counter(), 0  # the last metrics
+        self.unchecked: list[Step] = []  # the steps since the last check, the newest last
+        self.last: Step | None = None
+        self.logged_at, self.logged_step = time.perf_counter(), 0
 
     @property
     def total(self) -> int:
         return self.config.train.epochs * self.steps_per_epoch
 
     def restore(self, training: dict[str, Any]) -> None:
-        """Take up where a checkpoint was written. Raises ValueError when the pairs have changed since."""
+        """Restore the state in a checkpoint. Raises ValueError when the pairs have changed since."""
         if (training["pairs"], training["fingerprint"]) != (self.available, self.fingerprint):
-            other = "others" if training["pairs"] == self.available else str(training["pairs"])
+            before = "others" if training["pairs"] == self.available else str(training["pairs"])
             raise ValueError(
-                f"data.shards: {self.available} pairs are there now, {other} when this run began, so it cannot go on; "
-                "bring them back, or choose another run.dir"
+                f"data.shards: {self.available} pairs are there now, {before} when this run began, so it "
+                "cannot resume; bring them back, or choose another run.dir"
             )
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
-        self.step, self.since_step = training["step"], training["step"]
+        self.step = self.logged_step = training["step"]
         for cause, count in training["skipped"].items():
-            self.skipped[CAUSES.index(cause)] = count
+            self.skipped_before[CAUSES.index(cause)] = count
         self.skipped_steps = training["skipped_steps"]
         if training["ranks"] != world_size():
-            share = self.config.train.batch_size // world_size()
             log.warning(
-                "going on with %d ranks instead of %d: each now has %d pairs of the same global batches, and sums are "
+                "resuming with %d ranks instead of %d: each now has %d pairs of the same global batches, and sums are "
                 "rounded in another order",
                 world_size(),
                 training["ranks"],
-                share,
+                self.config.train.batch_size // world_size(),
             )
 
-    def introduce(self) -> None:
-        """Say what is about to be trained."""
+    def log_summary(self) -> None:
+        """Log what is about to be trained."""
+        num_pairs = self.config.data.num_pairs or self.available
         log.info(
             "training %s (%s, %.1f M parameters learn) on %d x %s: %d pairs, %d epochs of %d steps, from step %d",
             self.config.train.objective,
@@ -142,51 +157,59 @@ class Run:
             sum(p.numel() for p in self.objective.trained.parameters() if p.requires_grad) / 1e6,
             world_size(),
             self.device,
-            self.config.data.num_pairs or self.available,
+            num_pairs,
             self.config.train.epochs,
             self.steps_per_epoch,
             self.step,
         )
-        unused = (self.config.data.num_pairs or self.available) % self.config.train.batch_size
+        unused = num_pairs % self.config.train.batch_size
         if unused:
-            log.info("%d pairs fill no batch: each epoch leaves out that many, and every epoch others", unused)
+            log.info("each epoch leaves out %d pairs that fill no batch, and every epoch leaves out others", unused)
 
-    def take_steps(self, loader: Any, stop: list[int]) -> None:
-        """Take every step that is left; returns when its checkpoint is on disk."""
+    def take_steps(self, loader: Any, stop: StopSignals) -> None:
+        """Take the remaining steps; returns when the last checkpoint is on disk. Raises Interrupted on a stop."""
         train, folder = self.config.train, self.config.run.dir
         self.checkpoints = Checkpoints(folder, train) if is_main() else None
         run_log = RunLog(folder, self.step) if is_main() else None
         bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None if is_main() else True)
         bar.set_description(f"{train.objective} {Path(folder).name}")
-        self.since = saved = time.perf_counter()
+        self.logged_at = saved_at = time.perf_counter()
+        saved_step = self.step
         with self.checkpoints or nullcontext(), closing(run_log) if run_log else nullcontext(), bar:
-            for batch in loader:
-                minutes = (time.perf_counter() - saved) / 60
-                due = bool(train.checkpoint_every_minutes) and minutes >= train.checkpoint_every_minutes
-                done = self.take_step(batch, bool(stop), due)
-                bar.update()
-                ends_epoch = self.step % self.steps_per_epoch == 0
-                if ends_epoch or self.step % train.log_every_steps == 0:
-                    self.tell(done, run_log, bar)
-                every = train.checkpoint_every_steps
-                if ends_epoch or done.stop or done.due or (every and self.step % every == 0):
-                    self.save(ends_epoch)
-                    saved = time.perf_counter()
-                if self.checkpoints:
-                    self.checkpoints.check()
-                if done.stop:  # not `stop`, which may be news to this rank alone
-                    break
+            with terminated_children():
+                batches = iter(loader)
+                while self.step < self.total:
+                    batch = stop.next(batches)
+                    minutes = (time.perf_counter() - saved_at) / 60
+                    due = bool(train.checkpoint_every_minutes) and minutes >= train.checkpoint_every_minutes
+                    stopped, due = sum_over_ranks([batch is None, due])  # a rank that waits for data can still stop all
+                    if stopped:
+                        break
+                    self.take_step(batch)
+                    bar.update()
+                    ends_epoch = self.step % self.steps_per_epoch == 0
+                    if ends_epoch or self.step % train.log_every_steps == 0:
+                        self.log_metrics(run_log, bar)
+                    every = train.checkpoint_every_steps
+                    if ends_epoch or due or (every and self.step % every == 0):
+                        self.save(ends_epoch)
+                        saved_at, saved_step = time.perf_counter(), self.step
+                    if self.checkpoints:
+                        self.checkpoints.check()
+            if self.step != saved_step or not self.step:
+                self.save()
         barrier()
         if self.step < self.total:
-            signal = f"signal {stop[0]}" if stop else "another rank's signal"
+            signal = f"signal {stop.received}" if stop.received else "another rank's signal"
             raise Interrupted(
-                f"stopped by {signal} after step {self.step} of {self.total}; nothing is lost: "
-                f"{last_checkpoint(folder)} is written, and the same command goes on from there"
+                f"stopped by {signal} after step {self.step} of {self.total}; no step is lost: "
+                f"{last_checkpoint(folder)} is written, and the same command resumes from it"
             )
 
-    def take_step(self, batch: Batch, stop: bool = False, due: bool = False) -> Step:
-        """One optimizer step on this rank's share of a global batch. What a rank asks for, all are told."""
-        skipped, self.numbers = batch.pop("skipped").sum(dim=0), batch.pop("number")
+    def take_step(self, batch: Batch) -> None:
+        """One optimizer step on this rank's share of a global batch."""
+        self.skipped += batch.pop("skipped").sum(dim=0)
+        pairs = batch.pop("number")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.total, self.config.train)
         torch.manual_seed(self.config.run.seed * 1_000_003 + self.step)  # dropout, if a tower has any
@@ -197,17 +220,12 @@ class Run:
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        # Read only now, when the device has all its work: to read is to wait for it.
-        told = torch.tensor([float(stop), float(due), *skipped.tolist()])
-        shared = mean_over_ranks(torch.cat([torch.stack([loss, grad_norm]), told.to(loss)])).cpu()
-        loss, grad_norm, stop, due = shared[:4].tolist()
-        self.skipped += (shared[4:] * world_size()).round()
-        self._check_numbers(loss, grad_norm)
-        self.extra = self.objective.after_step()
+        self.objective.after_step()
         self.step += 1
-        return Step(loss, terms, grad_norm, bool(stop), bool(due))
+        self.last = Step(self.step, pairs, loss, grad_norm, terms)
+        self.unchecked.append(self.last)
 
-    def backward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The gradient of the loss over the whole batch, a micro-batch at a time; returns the loss and its terms."""
         share = len(batch["tokens"])
         size = self.config.train.micro_batch_size or share
@@ -222,46 +240,79 @@ class Run:
             terms = {name: terms.get(name, 0.0) + value.detach() for name, value in parts.items()}
         return loss, terms
 
-    def tell(self, step: Step, run_log: RunLog | None, bar: tqdm) -> None:
-        """Log the step that was just taken. Raises ValueError when too many pairs are bad."""
+    def log_metrics(self, run_log: RunLog | None, bar: tqdm) -> None:
+        """Check and log the step that was just taken. Raises ValueError when too many pairs are bad."""
+        loss, grad_norm = self.check_numbers()
         train, now = self.config.train, time.perf_counter()
-        pairs_per_s = (self.step - self.since_step) * train.batch_size / (now - self.since)
-        self.since, self.since_step = now, self.step
-        means = mean_over_ranks(torch.stack([*step.terms.values()])).tolist() if step.terms else []
-        terms = dict(zip(step.terms, means, strict=True))
+        pairs_per_s = (self.step - self.logged_step) * train.batch_size / (now - self.logged_at)
+        self.logged_at, self.logged_step = now, self.step
+        terms = self.last.terms
+        terms = dict(zip(terms, mean_over_ranks(torch.stack([*terms.values()])).tolist(), strict=True)) if terms else {}
         skipped, epoch = self.skipped_causes(), self.step / self.steps_per_epoch
-        line = {"step": self.step, "epoch": round(epoch, 4), "loss": step.loss, **terms}
-        line |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": step.grad_norm, **self.extra}
+        line = {"step": self.step, "epoch": round(epoch, 4), "loss": loss, **terms}
+        line |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, **self.objective.log_values()}
         line |= {"pairs_per_s": round(pairs_per_s, 1), "skipped": skipped, "left_out": self.left_out}
         if self.scaler.is_enabled():
             line["skipped_steps"] = self.skipped_steps
         if run_log:
             run_log.write(line)
-        losses = {name: f"{value:.3f}" for name, value in {"loss": step.loss, **terms}.items() if "logit" not in name}
+        losses = {name: f"{value:.3f}" for name, value in {"loss": loss, **terms}.items() if "logit" not in name}
         bar.set_postfix(losses | {"pairs/s": f"{pairs_per_s:.0f}"})
         bad, seen = sum(skipped.values()), self.step * train.batch_size
         if epoch.is_integer():
             counts = ", ".join(f"{count} {cause}" for cause, count in (self.left_out | skipped).items()) or "none"
-            log.info("epoch %d of %d: loss %.4f; pairs skipped: %s", epoch, train.epochs, step.loss, counts)
+            log.info("epoch %d of %d: loss %.4f; pairs skipped: %s", epoch, train.epochs, loss, counts)
         else:
-            seen = max(seen, 1000)  # a bad start does not yet make the whole bad
+            seen = max(seen, 1000)  # a few bad pairs at the start do not stop a run
         check_bad_fraction(bad, bad + seen, skipped, self.config.data)
 
     def skipped_causes(self) -> dict[str, int]:
-        """How many pairs were skipped since the run began, by cause."""
-        return {cause: int(count) for cause, count in zip(CAUSES, self.skipped.tolist(), strict=True) if count}
+        """How many pairs the run has skipped on all ranks, by cause."""
+        counts = self.skipped_before + torch.tensor(sum_over_ranks(self.skipped.tolist()))
+        return {cause: int(count) for cause, count in zip(CAUSES, counts.tolist(), strict=True) if count}
 
-    def save(self, ends_epoch: bool) -> None:
-        """Keep a checkpoint of this step. Raises FloatingPointError, on every rank, for weights that are not finite."""
-        if not all(p.isfinite().all() for p in self.objective.trained.parameters()):
-            self._stop_on_bad_number("a weight", math.nan)
-        epoch = self.step // self.steps_per_epoch
+    def check_numbers(self) -> tuple[float, float]:
+        """The last step's loss and gradient norm. Raises FloatingPointError, on every rank, for a bad step since."""
+        steps, self.unchecked = self.unchecked, []
+        numbers = mean_over_ranks(torch.stack([torch.stack([step.loss, step.grad_norm]) for step in steps])).tolist()
+        for step, (loss, grad_norm) in zip(steps, numbers, strict=True):
+            if not math.isfinite(loss):
+                self._stop_on_bad_number("the loss", loss, step)
+            if math.isfinite(grad_norm):
+                self.skipped_in_a_row = 0
+                continue
+            # The scaler has left the weights unchanged, and halved its scale.
+            self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
+            if not self.scaler.is_enabled() or self.skipped_in_a_row > _SKIPPED_IN_A_ROW:
+                self._stop_on_bad_number("the gradient", grad_norm, step)
+        return loss, grad_norm
+
+    def _stop_on_bad_number(self, name: str, value: float, step: Step) -> None:
+        pairs = [pair for pairs in gather_values(step.pairs.tolist()) for pair in pairs]
+        file, last = Path(self.config.run.dir) / "bad_batch.txt", last_checkpoint(self.config.run.dir)
+        if self.checkpoints:
+            self.checkpoints.wait()
+            file.write_text("".join(f"{self.pair_name(pair)}\n" for pair in pairs), encoding="utf-8")
+        kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was written before"
+        raise FloatingPointError(
+            f"{name} is {value} at step {step.number} of {self.total}; {kept}; the batch's {len(pairs)} pairs are "
+            f"listed in {file}; try a lower train.lr, or train.precision=fp32"
+        )
+
+    def save(self, ends_epoch: bool = False) -> None:
+        """Write a checkpoint of this step, on every rank. Raises FloatingPointError for numbers that are not finite."""
+        if self.unchecked:
+            self.check_numbers()
+        weights = self.objective.trained.parameters()
+        if self.last and not torch.stack([weight.isfinite().all() for weight in weights]).all():
+            self._stop_on_bad_number("a weight", math.nan, self.last)
+        content, epoch = self.checkpoint(), self.step // self.steps_per_epoch
         kept = ends_epoch and (epoch % self.config.train.keep_every_epochs == 0 or self.step == self.total)
         if self.checkpoints:
-            self.checkpoints.write(self.content(), self.step, epoch if kept else None)
+            self.checkpoints.write(content, self.step, epoch if kept else None)
 
-    def content(self) -> dict[str, Any]:
-        """A checkpoint: the published layout, and what an exact resume needs."""
+    def checkpoint(self) -> dict[str, Any]:
+        """The content of a checkpoint: the published layout, and what an exact resume needs."""
         return {
             "epoch": self.step // self.steps_per_epoch,
             "name": Path(self.config.run.dir).name,
@@ -270,6 +321,7 @@ class Run:
             "architecture": self.objective.architecture,
             "config": to_dict(self.config),
             "training": {
+                "format": FORMAT,
                 "step": self.step,
                 "pairs": self.available,
                 "fingerprint": self.fingerprint,
@@ -280,26 +332,3 @@ class Run:
                 "skipped_steps": self.skipped_steps,
             },
         }
-
-    def _check_numbers(self, loss: float, grad_norm: float) -> None:
-        if not math.isfinite(loss):
-            self._stop_on_bad_number("the loss", loss)
-        if math.isfinite(grad_norm):
-            self.skipped_in_a_row = 0
-            return
-        # The scaler has left the weights as they were, and halved its scale.
-        self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
-        if not self.scaler.is_enabled() or self.skipped_in_a_row > _SKIPPED_IN_A_ROW:
-            self._stop_on_bad_number("the gradient", grad_norm)
-
-    def _stop_on_bad_number(self, what: str, value: float) -> None:
-        numbers = gather_rows(self.numbers.to(self.device)).tolist()
-        file, last = Path(self.config.run.dir) / "bad_batch.txt", last_checkpoint(self.config.run.dir)
-        if self.checkpoints:
-            self.checkpoints.wait()
-            file.write_text("".join(f"{self.name(number)}\n" for number in numbers), encoding="utf-8")
-        kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was written before"
-        raise FloatingPointError(
-            f"{what} is {value} at step {self.step + 1} of {self.total}; {kept}; the batch's {len(numbers)} pairs are "
-            f"listed in {file}; try a lower train.lr, or train.precision=fp32"
-        )

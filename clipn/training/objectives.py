@@ -1,23 +1,28 @@
-"""What a training run trains, and its loss on a batch: CLIPN's no tower, or the base CLIP itself."""
+"""What a training run optimises: CLIPN's no tower, or the base CLIP itself, and its loss on a batch."""
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from open_clip import ClipLoss
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipn.config.schema import Config
-from clipn.features.store import autocast
 from clipn.losses import itbo_loss, tso_loss
-from clipn.model.base import Architecture, build_base, load_base
-from clipn.model.checkpoint import load_weights, published_name
+from clipn.model.base import Architecture, build_base
+from clipn.model.checkpoint import load_weights, published_state
 from clipn.model.clipn import create_model_and_transforms
 from clipn.model.packed_text import compile_text, text_features
+from clipn.model.precision import autocast
 from clipn.runtime.distributed import gather_rows, rank, world_size
+from clipn.runtime.random import stream
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 
@@ -30,27 +35,30 @@ class Objective(Protocol):
     architecture: Architecture
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """What of this rank's share of a global batch is computed once and without a gradient, on the device."""
+        """Compute on the device what this rank's share of a global batch needs once and without a gradient."""
 
     def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        """A prepared batch -> what these rows of it add to the loss to descend, and to its terms.
+        """The part of these rows of a prepared batch in the loss and in its logged terms.
 
-        `trained` is self.trained, wrapped for many ranks or not; summed over rows, the mean over ranks is the loss of
+        `trained` is self.trained, wrapped for many ranks or not. Summed over rows, the mean over ranks is the loss of
         the whole global batch.
         """
 
-    def after_step(self) -> dict[str, float]:
-        """Called after each optimizer step; returns what else to log."""
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+
+    def log_values(self) -> dict[str, float]:
+        """What to log besides the loss and its terms; reading it waits for the device."""
 
     def published_state(self) -> dict[str, Tensor]:
         """The weights in the published layout."""
 
     def load(self, state: dict[str, Tensor], source: str) -> None:
-        """Take weights in the published layout, all of them."""
+        """Load weights in the published layout, all of them."""
 
 
 class ClipnObjective:
-    """The no tower and its prompts learn from ITBO and TSO; the base stays as it is (CLIPN, section 3.3)."""
+    """The no tower and its prompts learn from ITBO and TSO; the base is frozen (CLIPN, section 3.3)."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         settings = config.model
@@ -59,7 +67,7 @@ class ClipnObjective:
             settings.name, settings.pretrained, settings.num_prompts, device, settings.image_mean, settings.image_std
         )
         self.model.train()
-        self.trained = self.model.no_text
+        self.trained = sync_batch_norm(self.model.no_text, device)
         self.preprocess, self.architecture = self.model.preprocess, self.model.architecture
         if config.train.grad_checkpointing:
             self.trained.recompute_activations()
@@ -69,27 +77,27 @@ class ClipnObjective:
     def prepare(self, batch: Batch, step: int) -> Batch:
         tokens = batch["tokens"]
         if "image_features" in batch:
-            features = (batch[name].to(self.device).float() for name in ("image_features", "yes_features"))
+            image, yes = (batch[name].to(self.device).float() for name in ("image_features", "yes_features"))
         else:
-            features = self._frozen(batch["image"], tokens)
-        image, yes = features
-        prepared = {"everyone": gather_rows(image), "yes": yes, "tokens": batch.get("no_tokens", tokens)}
+            image, yes = self._frozen(batch["image"], tokens)
+        prepared = {"all_images": gather_rows(image), "yes": yes, "tokens": batch.get("no_tokens", tokens)}
         choice = self._choice(len(tokens), step)
         return prepared if choice is None else prepared | {"choice": choice}
 
     def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         train, share = self.config.train, len(batch["tokens"])
-        yes, tokens = batch["yes"][rows], batch["tokens"][rows]
+        images, yes, tokens = batch["all_images"], batch["yes"][rows], batch["tokens"][rows]
         with autocast(self.device, train.precision):
             no = trained(tokens, batch["choice"][rows] if "choice" in batch else None)
-        scale = self.model.logit_scale.exp()
-        itbo_yes, itbo_no = itbo_loss(batch["everyone"], yes, no, scale, first=rank() * share + rows.start)
+        scale = self.model.logit_scale.exp().reshape(())  # some models have it of shape [1]
+        first = rank() * share + rows.start
+        itbo_yes, itbo_no = itbo_loss(images, yes, no, scale, first=first)
         tso = tso_loss(yes, no, train.tso_kind)
         part = len(tokens) / share
         loss = 0.5 * part * (train.itbo_weight * (itbo_yes + itbo_no) + train.tso_weight * tso)
         terms = {"itbo_yes": itbo_yes, "itbo_no": itbo_no, "tso": tso}
         for name, texts in (("yes", yes), ("no", no.detach())):
-            terms |= _mean_logits(batch["everyone"], texts, scale, rank() * share + rows.start, name)
+            terms |= _mean_logits(images, texts, scale, first, name)
         return loss, {name: part * value for name, value in terms.items()}
 
     def _frozen(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +109,10 @@ class ClipnObjective:
             yes = torch.cat([self.model.encode_text(part) for part in tokens.split(size)])
         return image.clone(), yes.clone()  # an inference tensor itself cannot take part in a gradient
 
-    def after_step(self) -> dict[str, float]:
+    def after_step(self) -> None:
+        pass
+
+    def log_values(self) -> dict[str, float]:
         prompts = self.model.no_text.prompts
         return {} if prompts is None else {"prompt_norm": float(prompts.detach().mean(dim=0).norm())}
 
@@ -109,13 +120,13 @@ class ClipnObjective:
         return self.model.published_state()
 
     def load(self, state: dict[str, Tensor], source: str) -> None:
-        load_weights(self.model, state, self.model.published_names(), source)
+        load_weights(self.model, state, source)
 
     def _choice(self, share: int, step: int) -> Tensor | None:
-        """Each caption's prompt, 0..P with P the mean: drawn for the global batch, so alike on any number of ranks."""
+        """Each caption's prompt, 0..P with P the mean. Drawn for the global batch, so alike on any number of ranks."""
         if not self.model.num_prompts:
             return None
-        draws = np.random.default_rng([self.config.run.seed, step])
+        draws = stream("prompts", self.config.run.seed, step)
         choice = draws.integers(self.model.num_prompts + 1, size=share * world_size())
         return torch.from_numpy(choice[rank() * share : (rank() + 1) * share]).to(self.device, non_blocking=True)
 
@@ -129,7 +140,7 @@ def _mean_logits(images: Tensor, texts: Tensor, scale: Tensor, first: int, name:
 
 
 class ClipObjective:
-    """The base CLIP learns by the ordinary contrastive loss (Radford et al., ICML 2021)."""
+    """The base CLIP learns from the ordinary contrastive loss (Radford et al., ICML 2021)."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         settings = config.model
@@ -138,8 +149,8 @@ class ClipObjective:
         for key, value in (("mean", settings.image_mean), ("std", settings.image_std)):
             if value is not None:
                 base.visual.preprocess_cfg[key] = tuple(value)
-        self.base = base.to(device).train()
         self.preprocess = base.visual.preprocess_cfg
+        self.base = sync_batch_norm(base.to(device).train(), device)
         # A logit bias cancels in the softmax, and a caption decoder has no part in this loss.
         base.requires_grad_(False)
         for part in (base.visual, base.text):
@@ -162,20 +173,22 @@ class ClipObjective:
             image, text, scale = trained(batch["image"], batch["tokens"])
         return self.contrastive(image.float(), text.float(), scale), {}
 
-    def after_step(self) -> dict[str, float]:
+    def after_step(self) -> None:
         with torch.no_grad():
             self.base.logit_scale.clamp_(0, math.log(100))  # as CLIP's own training does
+
+    def log_values(self) -> dict[str, float]:
         return {"logit_scale": float(self.base.logit_scale.detach().exp())}
 
     def published_state(self) -> dict[str, Tensor]:
-        return {published_name(name): value for name, value in self.base.state_dict().items()}
+        return published_state(self.base)
 
     def load(self, state: dict[str, Tensor], source: str) -> None:
-        load_base(self.base, state, source)
+        load_weights(self.base, state, source)
 
 
 class _Towers(nn.Module):
-    """Both towers in one forward call, which many-rank training needs."""
+    """Both towers in one forward call, which DistributedDataParallel needs."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -185,6 +198,21 @@ class _Towers(nn.Module):
         image = self.base.encode_image(images, normalize=True)
         text = text_features(self.base.text, tokens)
         return image, text, self.base.logit_scale.exp()
+
+
+def sync_batch_norm(trained: nn.Module, device: torch.device) -> nn.Module:
+    """The module with batch statistics over all ranks, where PyTorch has that (CUDA); elsewhere it warns, once."""
+    if world_size() == 1 or not any(isinstance(module, _BatchNorm) for module in trained.modules()):
+        return trained
+    if device.type == "cuda":
+        return convert_sync_batchnorm(trained)
+    log.warning(
+        "the model has BatchNorm layers, and on the %s each of the %d ranks normalises by its own share of a batch: "
+        "the result depends on the number of ranks",
+        device.type,
+        world_size(),
+    )
+    return trained
 
 
 OBJECTIVES: dict[str, Any] = {"clipn": ClipnObjective, "clip": ClipObjective}

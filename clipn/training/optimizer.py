@@ -1,4 +1,4 @@
-"""How parameters learn: AdamW, and its learning rate over the steps."""
+"""The optimizer: AdamW, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def build_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.AdamW
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps, fused=True)
+    fused = all(p.device.type != "mps" for p in parameters)  # not every PyTorch has it there
+    return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps, fused=fused)
 
 
 def learning_rate(step: int, total: int, train: TrainConfig) -> float:

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics.jsonl, and TensorBoard where it is installed."""
+"""A run's metrics: metrics.jsonl, and TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from typing import Any
 
 from clipn.runtime.files import atomic_write
 
-try:
-    from torch.utils.tensorboard import SummaryWriter
-except ImportError:
-    SummaryWriter = None
-
 
 class RunLog:
     """A line per logged step in metrics.jsonl in the run's folder, and the same numbers in its folder tensorboard.
 
-    What a killed run wrote of steps after `step`, where it goes on, is dropped: they are taken again.
+    step: where the run starts or resumes; lines of later steps, which a killed run wrote, are dropped.
     """
 
     def __init__(self, folder: str | Path, step: int) -> None:
@@ -27,7 +22,7 @@ class RunLog:
         kept = [line for line in lines if _step_of(line) <= step]
         with atomic_write(self.file) as file:
             file.write("".join(line + "\n" for line in kept).encode())
-        self.board = SummaryWriter(Path(folder) / "tensorboard", purge_step=step + 1) if SummaryWriter else None
+        self.board = _open_board(Path(folder) / "tensorboard", step)
 
     def write(self, line: dict[str, Any]) -> None:
         broken = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
@@ -49,8 +44,16 @@ def metrics_file(folder: str | Path) -> Path:
     return Path(folder) / "metrics.jsonl"
 
 
+def _open_board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line that was cut off by the kill
+    except (ValueError, KeyError):  # a line that a kill cut off
         return math.inf
