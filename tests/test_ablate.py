@@ -17,6 +17,12 @@ def evaluated_config(config_file, tmp_path):
     return config_file
 
 
+@pytest.fixture(autouse=True)
+def no_reports(monkeypatch):
+    """Reports of single runs are tested elsewhere, and their figures take most of the time."""
+    monkeypatch.setattr("clipn.pipeline.write_report", lambda *arguments, **options: None)
+
+
 def test_words_become_every_combination():
     fixed, variants = ablation.parse(["run.seeds=[0,1]", "train.lr=1,2", "model.num_prompts=3,4"])
     assert fixed == ["run.seeds=[0,1]"]

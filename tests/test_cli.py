@@ -1,102 +1,207 @@
-"""The `clipn` command as a person types it."""
+"""The `clipn` command: help, usage, exit codes, the launch on all GPUs, and the command that resumes."""
 
+import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from clipn import __version__
-from clipn.cli import main
+from clipn import __version__, cli
 from clipn.config.loading import load_config
+from clipn.runtime.console import fail_in_one_line, start_log
+from clipn.runtime.signals import RESUME, Interrupted
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def typed(capsys, *words):
+@pytest.fixture
+def clipn(capsys):
     """Runs the command; returns its exit code, and what was printed."""
-    try:
-        main(list(words))
-    except SystemExit as stopped:
-        return stopped.code, capsys.readouterr()
-    return 0, capsys.readouterr()
+
+    def _clipn(*words):
+        try:
+            cli.main(list(words))
+        except SystemExit as stopped:
+            return stopped.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    return _clipn
 
 
-@pytest.mark.parametrize("words", [[], ["predict"], ["train"], ["eval"], ["demo"]])
-def test_help_reads_well(capsys, words):
-    code, shown = typed(capsys, *words, "--help")
+@pytest.fixture
+def launched(monkeypatch):
+    """The arguments of every start of torchrun, with 3 processes asked for."""
+    calls = []
+    monkeypatch.setattr("clipn.runtime.launch.launch", lambda arguments: calls.append(arguments) or 0)
+    monkeypatch.setenv("NPROC", "3")
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    return calls
+
+
+@pytest.mark.parametrize(
+    "command", ["", "predict", "demo", "train", "eval", "features", "ablate", "prepare", "classes", "export onnx"]
+)
+def test_help_fits_the_terminal_and_names_the_command(clipn, command):
+    code, shown = clipn(*command.split(), "--help")
     assert code == 0 and max(map(len, shown.out.splitlines())) <= 120
-    assert f"clipn {words[0] if words else 'predict'}" in shown.out
-    assert words or all(name in shown.out for name in ("predict", "train", "eval", "demo", "exit codes"))
+    assert f"usage: clipn {command}".rstrip() in shown.out
+    assert command or all(name in shown.out for name in ("predict", "train", "eval", "demo", "exit codes"))
 
 
-def test_version_and_wrong_usage(capsys):
-    assert typed(capsys, "--version") == (0, (f"clipn-ood {__version__}\n", ""))
-    for words in ([], ["tell"], ["predict", "photos"], ["eval", "x.yaml"]):
-        code, shown = typed(capsys, *words)
+def test_version_and_wrong_usage(clipn):
+    assert clipn("--version") == (0, (f"clipn-ood {__version__}\n", ""))
+    for words in ([], ["tell"], ["predict", "photos"], ["eval", "x.yaml"], ["export", "share", "run"]):
+        code, shown = clipn(*words)
         assert code == 2 and "usage: clipn" in shown.err
 
 
-def test_train_and_eval_are_the_same_doors_as_the_scripts(config_file, capsys):
-    code, shown = typed(capsys, "train", str(config_file), "train.epochs=1")
+def test_train_writes_a_checkpoint_and_errors_are_one_line(config_file, clipn):
+    code, shown = clipn("train", str(config_file), "train.epochs=1")
     last = config_file.parent / "run" / "checkpoints" / "last.pt"
     assert code == 0 and last.is_file() and f"done: {last}" in shown.out
-    code, shown = typed(capsys, "eval", "--config", str(config_file))
+    code, shown = clipn("eval", "--config", str(config_file))
     assert code == 1 and "eval.id: names no image set to evaluate on" in shown.err
-    code, shown = typed(capsys, "train", str(config_file), "train.lr=fast")
-    assert code == 1 and shown.err.startswith("error: command line, train.lr=fast")
+    code, shown = clipn("predict", "--classes", "a,b", "--checkpoint", "missing.pt", "nowhere")
+    assert code == 1 and "missing.pt" in shown.err and len(shown.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("asked", ["0", "two", "-1"])
-def test_an_impossible_number_of_processes_is_one_line(config_file, capsys, monkeypatch, asked):
-    monkeypatch.setenv("NPROC", asked)
-    code, shown = typed(capsys, "train", str(config_file))
-    assert code == 1 and shown.err == f"error: NPROC='{asked}': expected a number of processes, 1 or more\n"
+def test_scripts_and_module_run_the_same_command(config_file, capsys, monkeypatch):
+    config = str(config_file)
+    script, module = lambda name: runpy.run_path(str(ROOT / name), run_name="__main__"), runpy.run_module
+    for run, name, words in (
+        (script, "scripts/train.py", [config]),
+        (script, "zero_shot_infer.py", ["--config", config]),
+        (lambda name: module(name, run_name="__main__"), "clipn", ["train", config]),
+    ):
+        monkeypatch.setattr(sys, "argv", [name, *words, "train.lr=fast"])
+        with pytest.raises(SystemExit) as stopped:
+            run(name)
+        assert stopped.value.code == 1
+        message = (
+            "error: command line, train.lr=fast: train.lr: Value 'fast' of type 'str' could not be converted to Float"
+        )
+        assert capsys.readouterr().err.splitlines() == [message]
 
 
-def test_many_processes_are_launched_once(config_file, capsys, monkeypatch):
-    launched = []
-    monkeypatch.setattr("clipn.runtime.launch.launch", lambda arguments: launched.append(arguments) or 0)
-    for name, value in {"NPROC": "3", "RANK": "0", "WORLD_SIZE": "2", "PET_MASTER_ADDR": "first"}.items():
+@pytest.mark.parametrize("number", ["0", "two", "-1"])
+def test_an_impossible_number_of_processes_is_one_line(config_file, clipn, monkeypatch, number):
+    monkeypatch.setenv("NPROC", number)
+    code, shown = clipn("train", str(config_file))
+    assert code == 1 and shown.err == f"error: NPROC='{number}': expected a number of processes, 1 or more\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "toy", "train.lr=1e-4"],
+        ["train"],
+        ["eval", "--config", "toy", "eval.scale=50"],
+        ["features", "toy", "features.dir=my features"],
+        ["ablate", "toy", "loss", "run.seeds=[0,1]"],
+    ],
+)
+def test_every_gpu_command_starts_torchrun_once(clipn, launched, words):
+    assert clipn(*words)[0] == 0
+    assert launched == [["--nproc_per_node=3", "--standalone", "-m", "clipn", *words]]
+    assert os.environ["PYTHONPATH"] == f"{ROOT}{os.pathsep}elsewhere", "a checkout that is not installed is found"
+
+
+def test_several_machines_and_launched_processes(config_file, clipn, launched, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "PET_MASTER_ADDR": "first"}.items():
         monkeypatch.setenv(name, value)  # a cluster may set RANK for its machines
-    assert typed(capsys, "train", str(config_file), "train.lr=1e-4")[0] == 0
-    assert launched == [["--nproc_per_node=3", "-m", "clipn", "train", str(config_file), "train.lr=1e-4"]]
-    monkeypatch.delenv("PET_MASTER_ADDR")
-    assert typed(capsys, "train", str(config_file))[0] == 0 and launched[1][:2] == [
-        "--nproc_per_node=3",
-        "--standalone",
-    ]
-    for name in ("RANK", "WORLD_SIZE"):
+    assert clipn("train", str(config_file))[0] == 0
+    assert launched == [["--nproc_per_node=3", "-m", "clipn", "train", str(config_file)]]
+    for name in ("RANK", "WORLD_SIZE", "PET_MASTER_ADDR"):
         monkeypatch.delenv(name)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # a process that was launched
-    assert typed(capsys, "train", str(config_file), "train.epochs=1")[0] == 0 and len(launched) == 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # a process that torchrun has started
+    assert clipn("train", str(config_file), "train.epochs=1")[0] == 0 and len(launched) == 1
 
 
-def test_shipped_configs_load_by_name_anywhere(tmp_path, monkeypatch, capsys):
+def test_the_printed_command_is_the_typed_one(monkeypatch):
+    words = ["train", "my config.yaml", "data.shards=/data/{00000..00331}.tar"]
+    quoted = "'my config.yaml' 'data.shards=/data/{00000..00331}.tar'"
+    for script, program, processes, expected in (
+        ("/usr/bin/clipn", None, None, f"clipn train {quoted}"),
+        ("/x/clipn/__main__.py", None, "3", f"NPROC=3 clipn train {quoted}"),
+        ("scripts/train.py", None, None, f"python scripts/train.py {quoted}"),
+        ("/x/clipn/__main__.py", "run.sh", None, f"sh run.sh {quoted}"),
+        ("/x/clipn/__main__.py", "../my clipn/run.sh", "3", f"NPROC=3 sh '../my clipn/run.sh' {quoted}"),
+    ):
+        monkeypatch.setattr(sys, "argv", [script, *(words[1:] if "train.py" in script else words)])
+        for name, value in {"CLIPN_PROGRAM": program, "NPROC": processes}.items():
+            monkeypatch.setenv(name, value or "")
+        assert cli._typed(words) == expected
+        assert shlex.split(expected)[-2:] == words[-2:]
+
+
+def test_run_sh_takes_paths_of_the_callers_folder(config_file, tmp_path):
+    home = tmp_path / "my home"
+    home.mkdir()
+    text = config_file.read_text()
+    (home / "mine.yaml").write_text(text.replace(f"{tmp_path}/run", "out").replace(f"{tmp_path}/", "../"))
+    (home / "pairs 1.tar").symlink_to(tmp_path / "pairs.tar")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["sh", str(ROOT / "run.sh"), "mine.yaml", "data.shards=pairs {1..1}.tar", "train.epochs=1"]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "done: out/checkpoints/last.pt" in done.stdout and (home / "out/checkpoints/last.pt").is_file()
+
+
+def test_exit_codes(tmp_path, capsys):
+    start_log(tmp_path)
+
+    def exit_code(error):
+        def main():
+            raise error
+
+        with pytest.raises(SystemExit) as stopped:
+            fail_in_one_line(main)
+        return stopped.value.code
+
+    assert exit_code(ValueError("what to change")) == 1
+    assert capsys.readouterr().err == "error: what to change\n"
+    assert "what to change" in (tmp_path / "log").read_text()
+    assert exit_code(Interrupted("resumes")) == RESUME == 75
+    with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
+        fail_in_one_line(lambda: 1 / 0)
+
+
+def test_shipped_configs_load_by_name_anywhere(tmp_path, monkeypatch, clipn):
+    names = [path.stem for path in (ROOT / "configs").glob("*.yaml")]
     monkeypatch.chdir(tmp_path)
+    assert len(names) >= 6
+    for name in names:
+        load_config(name)
     for name in ("toy", "toy.yaml", "configs/toy.yaml"):
         config = load_config(name)
         assert Path(config.model.name).is_file() and config.run.dir == "runs/toy"
     assert Path(load_config("eval_imagenet100").eval.class_names).is_file()
-    code, shown = typed(capsys, "train", "tyo")
-    assert code == 1 and "tyo: no such config file; those shipped are: " in shown.err and "toy" in shown.err
+    code, shown = clipn("train", "tyo")
+    assert code == 1 and "tyo: no such config file" in shown.err and ", toy" in shown.err
     (tmp_path / "toy.yaml").write_text("run: {dir: mine}")
-    assert load_config("toy.yaml").run.dir == "mine", "a file of one's own comes first"
+    assert load_config("toy.yaml").run.dir == "mine", "a file in the current folder comes first"
 
 
-def test_it_runs_as_a_module_too():
-    command = [sys.executable, "-m", "clipn", "predict", "--classes", "a,b", "--checkpoint", "missing.pt", "nowhere"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "missing.pt" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_a_config_path_may_hold_an_equals_sign(tmp_path, clipn):
+    path = tmp_path / "train.lr=1.yaml"
+    path.write_text("train: {lr: fast}")
+    code, shown = clipn("train", str(path))
+    assert code == 1 and shown.err.startswith(f"error: {path}: train.lr: ")
 
 
-def test_what_is_installed_with_the_package_is_what_requirements_say():
+def test_requirements_are_those_of_the_package():
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert named == [line for line in lines if not line.startswith("#")]
-    assert all(re.search(r">=\d", line) for line in named)
+    extras = project["optional-dependencies"]
+    lines = {
+        name: [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        for name in ("requirements.txt", "requirements-dev.txt")
+    }
+    assert lines["requirements.txt"] == project["dependencies"] + extras["demo"]
+    assert lines["requirements-dev.txt"] == ["-r requirements.txt", *extras["onnx"], *extras["test"]]
+    assert all(re.search(r">=\d", line) for line in sum(lines.values(), []) if not line.startswith("-r"))
     assert project["version"] == __version__
