@@ -26,7 +26,7 @@ from clipn.data.shards import CAUSES, BadPair, Pair, ShardPairs
 from clipn.data.storage import expand_patterns, is_url, name_of, read_range, version_of, with_retries
 from clipn.runtime.distributed import rank, world_size
 from clipn.runtime.random import stream
-from clipn.runtime.signals import leave_signals
+from clipn.runtime.signals import ignore_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def training_loader(
         batch_sampler=order,
         num_workers=config.data.workers,
         pin_memory=torch.cuda.is_available() and config.run.device != "cpu",
-        worker_init_fn=leave_signals,
+        worker_init_fn=ignore_stop_signals,
     )
     return loader, order.steps_per_epoch
 
