@@ -1,112 +1,144 @@
-"""Every score in one evaluation: what each needs, and that each image is still encoded once."""
+"""Every method in one evaluation: what each needs, what is kept, and that each image is encoded once."""
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import architecture, write_clipn
 from helpers import write_images
 from PIL import Image
 
+import clipn.evaluation.evaluate
 from clipn.config.loading import load_config
-from clipn.evaluation.evaluate import evaluate
-from clipn.methods.registry import METHODS
+from clipn.data.image_sets import ImageSet
+from clipn.evaluation.evaluate import evaluate, score_features
+from clipn.methods import from_images
+from clipn.methods.registry import METHOD_NAMES
+from clipn.model.head import Head
+from clipn.pipeline import run_evaluation
+from clipn.scores import SCORES
 
-WORDS = "noun\tship\nnoun\tviolin\nnoun\tcloud\nadj\tred\nadj\tquiet\n"
 
-
-@pytest.fixture
-def judge(tmp_path):
-    """(words) -> the evaluation of 8 cats and dogs against 5 others; 40 training images of each class."""
-    write_images(tmp_path / "id", *(f"{name}/{n}.png" for name in ("cat", "dog") for n in range(4)))
-    noise = np.random.default_rng(0)
-    for number in range(80):  # of one colour each they would all lie in a few directions
-        path = tmp_path / "train" / ("cat" if number % 2 else "dog") / f"{number}.png"
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """8 cats and dogs, 5 others, 80 training images, words, a model and a config of them."""
+    folder = tmp_path_factory.mktemp("material")
+    write_images(folder / "id", *(f"{name}/{n}.png" for name in ("cat", "dog") for n in range(4)))
+    noise = np.random.default_rng(0)  # images of one colour would span too few dimensions
+    for number in range(80):
+        path = folder / "train" / ("cat" if number % 2 else "dog") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(path)
-    write_images(tmp_path / "ood", *(f"{n}.png" for n in range(5)))
-    (tmp_path / "words.txt").write_text(WORDS)
-    (tmp_path / "model.json").write_text(json.dumps(architecture()))
-    write_clipn(tmp_path / "clipn.pt")
-    (tmp_path / "config.yaml").write_text(
+    write_images(folder / "ood", *(f"{n}.png" for n in range(5)))
+    (folder / "words.txt").write_text("noun\tship\nnoun\tviolin\nnoun\tcloud\nadj\tred\nadj\tquiet\n")
+    (folder / "model.json").write_text(json.dumps(architecture()))
+    write_clipn(folder / "clipn.pt")
+    (folder / "config.yaml").write_text(
         f"""
-run: {{dir: {tmp_path}/run, device: cpu}}
-model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clipn.pt}}
+run: {{device: cpu}}
+model: {{name: {folder}/model.json, pretrained: {folder}/clipn.pt}}
 data: {{workers: 0}}
 features: {{part_size: 3}}
 eval:
-  {{id: {tmp_path}/id, ood: {tmp_path}/ood, templates: simple, train: {tmp_path}/train, words: {tmp_path}/words.txt}}
+  {{id: {folder}/id, ood: {folder}/ood, templates: simple, train: {folder}/train, words: {folder}/words.txt}}
 """
     )
-    return lambda *words: evaluate(load_config(tmp_path / "config.yaml", words))
+    return folder
 
 
-def test_every_score_comes_from_one_pass(judge, tmp_path, encoded):
-    methods = [method for method in METHODS if method != "ODIN"]  # which encodes twice more
-    found = judge(f"eval.methods=[{','.join(methods)}]")
-    assert found.results["method"].tolist() == methods
-    assert sum(encoded) == 8 + 5 + 80 + (8 + 5), "GL-MCM looks at each image it is for a second time"
-    assert "NegLabel+CLIPN" in (tmp_path / "run/results.md").read_text()
+@pytest.fixture
+def evaluated(material, tmp_path):
+    """(overrides) -> the evaluation of the 8 cats and dogs against the 5 others."""
+    return lambda *words: evaluate(load_config(material / "config.yaml", [f"run.dir={tmp_path}/run", *words]))
+
+
+def test_every_method_comes_from_one_pass(evaluated, tmp_path, encoded):
+    methods = [method for method in METHOD_NAMES if method != "ODIN"]  # which encodes each image twice more
+    first = evaluated(f"eval.methods=[{','.join(methods)}]")
+    assert first.results["method"].tolist() == methods and list(first.set_scores["ood"].scores) == methods
+    assert sum(encoded) == 8 + 5 + 80 + (8 + 5), "GL-MCM encodes each image a second time"
     names = [line.split("\t")[1] for line in (tmp_path / "run/negatives_NegLabel.tsv").read_text().splitlines()]
     assert names and set(names) <= {"ship", "violin", "cloud", "red", "quiet"}
     encoded.clear()
-    again = judge(f"eval.methods=[{','.join(reversed(methods))}]").results.set_index("method")
-    same = found.results.set_index("method").loc[again.index]
-    assert again["AUROC"].tolist() == pytest.approx(same["AUROC"].tolist()) and encoded == []
-
-
-def test_a_score_of_the_image_is_taken_again_for_another_head(judge, encoded):
-    first = judge("eval.methods=[GL-MCM,ODIN]").found["id"].scores
-    encoded.clear()
-    assert judge("eval.methods=[GL-MCM,ODIN]").found["id"].scores["ODIN"].tolist() == first["ODIN"].tolist()
+    again = evaluated(f"eval.methods=[{','.join(reversed(methods))}]")
     assert encoded == []
-    other = judge("eval.methods=[GL-MCM,ODIN]", "eval.class_names=[boat,tree]").found["id"].scores
-    assert other["GL-MCM"].tolist() != first["GL-MCM"].tolist() and encoded != []
+    for name, scores in again.set_scores["id"].scores.items():
+        np.testing.assert_allclose(scores, first.set_scores["id"].scores[name], rtol=1e-5, err_msg=name)
 
 
-def test_what_a_score_lacks_is_told_before_any_image_is_read(judge, tmp_path, encoded):
-    for words, message in [
-        (["eval.methods=[kNN]", "eval.train=null"], "kNN needs in-distribution training images.*eval.train"),
-        (["eval.methods=[CSP]", "eval.words=null"], "CSP needs candidate words.*eval.words"),
+def test_scores_of_images_are_computed_again_for_another_head_or_constant(evaluated, monkeypatch, encoded):
+    def scores(*words):
+        encoded.clear()
+        return evaluated("eval.methods=[GL-MCM,ODIN]", *words).set_scores["id"].scores
+
+    first = scores()
+    assert encoded != []
+    assert scores()["ODIN"].tolist() == first["ODIN"].tolist() and encoded == []
+    assert scores("eval.class_names=[boat,tree]")["GL-MCM"].tolist() != first["GL-MCM"].tolist() and encoded != []
+    for constant, value, method in (
+        ("LOCAL_WEIGHT", 3.0, "GL-MCM"),
+        ("ODIN_TEMPERATURE", 10.0, "ODIN"),
+        ("ODIN_NOISE", 0.1, "ODIN"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(from_images, constant, value)
+            assert scores()[method].tolist() != first[method].tolist() and encoded != [], constant
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval.methods=[kNN]", "eval.train=null"], r"kNN needs in-distribution training images.*eval\.train"),
+        (["eval.methods=[CSP]", "eval.words=null"], r"CSP needs candidate words.*eval\.words"),
         (["eval.methods=[kNN,Nothing]"], "unknown score 'Nothing'; the scores are: MSP, .*NegLabel, .*kNN, .*ODIN"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            judge(*words)
-    with pytest.raises(FileNotFoundError, match="nowhere.txt"):
-        judge("eval.methods=[NegLabel]", f"eval.words={tmp_path}/nowhere.txt")
-    with pytest.raises(ValueError, match="one is named twice"):
-        judge("eval.methods=[MSP,MSP]")
-    with pytest.raises(ValueError, match=r"eval\.train: its class folders \(cat, owl"):
-        (tmp_path / "train/dog").rename(tmp_path / "train/owl")
-        judge("eval.methods=[kNN]")
+        (["eval.methods=[NegLabel]", "eval.words=nowhere.txt"], r"eval\.words: nowhere\.txt: no such word list"),
+        (["eval.methods=[MSP,MSP]"], r"eval\.methods=.*named twice"),
+    ],
+)
+def test_what_a_method_lacks_is_reported_before_any_image_is_encoded(evaluated, encoded, words, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        evaluated(*words)
     assert encoded == []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_rounds_no_scores_together(judge, precision):
-    found = judge("eval.methods=[GL-MCM,ODIN,MCM]", f"eval.precision={precision}").found["id"].scores
-    assert all(len(set(scores.tolist())) == len(set(found["MCM"].tolist())) for scores in found.values())
+def test_half_precision_keeps_scores_of_images_apart(evaluated, precision):
+    scores = evaluated("eval.methods=[GL-MCM,ODIN]", f"eval.precision={precision}").set_scores["id"].scores
+    assert all(len(set(values.tolist())) >= 6 for values in scores.values()), "8 different images"
 
 
-def test_training_images_are_read_only_for_a_score_that_needs_them(judge, encoded):
-    judge("eval.methods=[MSP]")
+def test_training_images_are_read_only_for_a_method_that_needs_them(evaluated, encoded):
+    evaluated("eval.methods=[MSP]")
     assert sum(encoded) == 8 + 5
 
 
-def test_a_checkpoint_that_is_named_twice_counts_once(judge, tmp_path):
-    results = judge("eval.methods=[MSP]", f"eval.checkpoints=[{tmp_path}/clipn.pt,{tmp_path}/cl*.pt]").results
-    assert len(results) == 1
+def test_a_checkpoint_that_is_named_twice_is_evaluated_once(evaluated, material):
+    names = f"eval.checkpoints=[{material}/clipn.pt,{material}/cl*.pt]"
+    assert len(evaluated("eval.methods=[MSP]", names).results) == 1
 
 
-def test_an_image_of_any_name_comes_into_the_report(judge, tmp_path):
-    strange = os.fsencode(tmp_path / "ood") + b"/caf\xe9.png"
-    os.rename(tmp_path / "ood/1.png", strange)
-    (tmp_path / "ood/2.png").rename(os.fsdecode(os.fsencode(tmp_path / "ood") + b"/\xff.png"))
-    judge("eval.methods=[MSP]")
-    assert "</html>" in (tmp_path / "run/report.html").read_text()
+def test_the_report_is_written_with_intervals_and_any_file_name(material, tmp_path):
+    ood, run = write_images(tmp_path / "ood", "1.png", "2.png"), tmp_path / "run"
+    for number, name in ((1, b"/caf\xe9.png"), (2, b"/\xff.png")):
+        (ood / f"{number}.png").rename(os.fsdecode(os.fsencode(ood) + name))
+    words = [f"run.dir={run}", f"eval.ood={ood}", "eval.bootstrap=50", "eval.methods=[MSP,NegLabel+CLIPN]"]
+    run_evaluation(str(material / "config.yaml"), words)
+    assert "</html>" in (run / "report.html").read_text() and (run / "intervals.csv").is_file()
+    assert "NegLabel+CLIPN" in (run / "results.md").read_text()
 
 
-def test_intervals_on_request(judge, tmp_path):
-    judge("eval.bootstrap=50", "eval.methods=[MSP]")
-    assert (tmp_path / "run/intervals.csv").is_file()
+def test_features_are_scored_in_blocks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    yes, no, features = torch.nn.functional.normalize(torch.randn(3, 11, 8, generator=generator), dim=2)
+    head, images = Head(yes[:4], no[:4]), ImageSet("id", Path(), [Path()] * 11, [], [])
+    arguments = head, images, features, [*SCORES, "mean"], 10.0, {"mean": lambda block: block.mean(dim=1)}
+    whole = score_features(*arguments)
+    np.testing.assert_allclose(whole.scores["mean"], features.mean(dim=1).numpy(), rtol=1e-6)
+    monkeypatch.setattr(clipn.evaluation.evaluate, "_ROWS", 3)
+    parts = score_features(*arguments)
+    assert list(parts.scores) == [*SCORES, "mean"] and parts.predicted.tolist() == whole.predicted.tolist()
+    for name, scores in whole.scores.items():
+        np.testing.assert_allclose(parts.scores[name], scores, rtol=1e-4, atol=1e-6, err_msg=name)
