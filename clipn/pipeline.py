@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clipn.config.loading import base_config, load_config
+from clipn.config.loading import base_config, load_config, to_dict
 from clipn.config.schema import Config
 from clipn.data.pairs import open_pairs
 from clipn.evaluation.evaluate import check_checkpoints, check_evaluation, evaluate
+from clipn.evaluation.record import remove_record, write_record
 from clipn.evaluation.results import Evaluation, join
 from clipn.features.pairs import pair_features
 from clipn.model.base import get_tokenizer
@@ -116,8 +117,11 @@ def evaluate_all(config: Config, runs: list[Config]) -> Evaluation | None:
 
 
 def _write(config: Config, evaluation: Evaluation) -> None:
+    """Write the report of an evaluation, and the record of the weights that it belongs to, into the run folder."""
     if is_main():
+        remove_record(config.run.dir)
         write_report(Path(config.run.dir), evaluation, config.eval.bootstrap)
+        write_record(config.run.dir, evaluation.weights_sha256, to_dict(config)["eval"], evaluation.class_names)
 
 
 def _show(config: Config, evaluation: Evaluation) -> None:

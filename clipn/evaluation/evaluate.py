@@ -23,7 +23,7 @@ from clipn.methods.registry import MethodInputs, Score, check_methods, make_meth
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint, read_checkpoint
 from clipn.model.clipn import CLIPN, create_model_and_transforms, load_model
-from clipn.model.hashing import tensor_hash
+from clipn.model.hashing import tensor_hash, weights_hash
 from clipn.model.head import Head, build_head
 from clipn.model.weights import find_weights
 from clipn.runtime.distributed import choose_device
@@ -45,7 +45,7 @@ def evaluate(config: Config) -> Evaluation:
     templates = load_templates(settings.templates)
     id_set, ood_sets, train_set = _open_sets(settings)
     class_names = load_class_names(settings.class_names, id_set.classes)
-    results, decisions, first = [], [], None
+    results, decisions, weights, first = [], [], [], None
     for model, seed in _models(config):
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
         inputs = MethodInputs(
@@ -58,7 +58,9 @@ def evaluate(config: Config) -> Evaluation:
         first = first or set_scores
         results += result_rows(set_scores, seed)
         decisions += decision_rows(set_scores, seed)
-    return Evaluation(pd.DataFrame(results, columns=RESULT_COLUMNS), pd.DataFrame(decisions), first, class_names)
+        weights.append(weights_hash(model))
+    tables = pd.DataFrame(results, columns=RESULT_COLUMNS), pd.DataFrame(decisions)
+    return Evaluation(*tables, first, class_names, tuple(weights))
 
 
 def check_evaluation(config: Config, world_made: bool = True) -> None:

@@ -36,12 +36,14 @@ class Evaluation(NamedTuple):
     decisions: pd.DataFrame
     set_scores: dict[str, SetScores]  # by image set, the ID set first; of the first checkpoint
     class_names: list[str]
+    weights_sha256: tuple[str, ...] = ()  # of each checkpoint's model, in the order of the rows
 
 
 def join(evaluations: Sequence[Evaluation]) -> Evaluation:
     """The evaluations of several runs as one; the scores are those of the first."""
     results, decisions = (pd.concat([e[part] for e in evaluations], ignore_index=True) for part in (0, 1))
-    return evaluations[0]._replace(results=results, decisions=decisions)
+    weights = sum((evaluation.weights_sha256 for evaluation in evaluations), ())
+    return evaluations[0]._replace(results=results, decisions=decisions, weights_sha256=weights)
 
 
 def result_rows(set_scores: dict[str, SetScores], seed: int) -> list[dict]:
