@@ -102,7 +102,11 @@ def test_sets_and_checkpoints_that_the_run_will_write_are_no_error(config_path, 
 
 
 def test_a_shared_base_is_trained_after_the_check_of_every_combination(config_path, tmp_path, trained, world):
-    staged = ["world.name=toy", "eval.id=${world.root}/id", "base={model: {pretrained: null}, train: {objective: clip}}"]
+    staged = [
+        "world.name=toy",
+        "eval.id=${world.root}/id",
+        "base={model: {pretrained: null}, train: {objective: clip}}",
+    ]
     with pytest.raises(ValueError, match="1 class names for 2"):
         run_ablation(config_path, [*staged, "eval.class_names=[cat,dog],[cat]"])
     assert trained == [] and len(world) == 1
