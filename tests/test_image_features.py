@@ -1,28 +1,32 @@
-"""Evaluation: images are encoded once, kept, and encoded again only where they or the base have changed."""
+"""Features of image sets: encoded once, kept, and encoded again only where images, base or scores have changed."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import architecture, write_clipn
 from helpers import files, write_images
 from PIL import Image
 
 import clipn.data.storage
-import clipn.evaluation.evaluate
 from clipn.config.loading import load_config
-from clipn.evaluation.evaluate import evaluate
+from clipn.data.image_sets import open_image_sets
+from clipn.features.image_sets import image_set_features
+from clipn.model.checkpoint import read_checkpoint
+from clipn.model.clipn import load_model
+from clipn.pipeline import run_evaluation
 
 
 @pytest.fixture
-def judge(tmp_path, monkeypatch):
-    """(words) -> results of an evaluation on 4 cats and dogs against 3 others, without the pictures."""
+def config_path(tmp_path):
+    """An evaluation on 4 images of cats and dogs against 3 others; features are kept 2 to a part."""
     write_images(tmp_path / "id", "cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
     write_images(tmp_path / "ood", "1.png", "2.png", "3.png")
     (tmp_path / "model.json").write_text(json.dumps(architecture()))
     write_clipn(tmp_path / "clipn.pt")
-    (tmp_path / "config.yaml").write_text(
+    path = tmp_path / "config.yaml"
+    path.write_text(
         f"""
 run: {{dir: {tmp_path}/run, device: cpu}}
 model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clipn.pt}}
@@ -31,52 +35,81 @@ features: {{dir: {tmp_path}/features, part_size: 2}}
 eval: {{id: {tmp_path}/id, ood: {tmp_path}/ood, templates: simple, methods: [MSP, ATD]}}
 """
     )
-    monkeypatch.setattr(clipn.evaluation.evaluate, "write_report", lambda *arguments, **more: None)
-    return lambda *words: evaluate(load_config(tmp_path / "config.yaml", words)).results
+    return path
 
 
-def test_images_are_encoded_once_for_all_checkpoints_of_a_base(judge, tmp_path, encoded):
-    first = judge()
-    assert sum(encoded) == 7
+@pytest.fixture
+def encode(config_path):
+    """(key=value overrides, scores and scores_of) -> by set: the readable images, their features and scores."""
+
+    def _encode(*overrides, **scores):
+        config = load_config(config_path, overrides)
+        content = read_checkpoint(config.model.pretrained)
+        model = load_model(content, config.model.pretrained, content["architecture"]).eval()
+        model.set_statistics(config.model.image_mean, config.model.image_std)
+        image_sets = open_image_sets(config.eval.id, "eval.id") + open_image_sets(config.eval.ood, "eval.ood")
+        return {
+            images.name: (images, *rest) for images, *rest in image_set_features(config, model, image_sets, **scores)
+        }
+
+    return _encode
+
+
+def equal(first, second) -> bool:
+    return all(torch.equal(first[name][1], second[name][1]) for name in ("id", "ood"))
+
+
+def test_images_are_encoded_once_for_all_checkpoints_of_a_base(encode, tmp_path, encoded):
+    first = encode()
+    assert sum(encoded) == 7 and [len(features) for _, features, _ in first.values()] == [4, 3]
     write_clipn(tmp_path / "no.pt", no_seed=5), write_clipn(tmp_path / "base.pt", base_seed=5)
-    encoded.clear()
-    assert judge("eval.scale=100").equals(first)
-    other = judge(f"eval.checkpoints={tmp_path}/no.pt")
-    assert encoded == [] and not other.equals(first)
-    assert judge(f"eval.checkpoints={tmp_path}/no.pt", f"features.dir={tmp_path}/fresh").equals(other)
-    encoded.clear()
-    judge(f"eval.checkpoints={tmp_path}/base.pt")
+    assert equal(encode(), first) and equal(encode(f"model.pretrained={tmp_path}/no.pt", "eval.scale=20"), first)
     assert sum(encoded) == 7
-    judge("eval.precision=bf16"), judge("model.image_mean=[0,0,0]")
-    assert sum(encoded) == 21
-
-
-def test_the_same_weights_in_another_architecture_are_encoded_anew(judge, tmp_path, encoded):
-    judge()
-    write_clipn(tmp_path / "gelu.pt", quick_gelu=True)
-    judge(f"eval.checkpoints={tmp_path}/gelu.pt")
+    assert not equal(encode(f"model.pretrained={tmp_path}/base.pt"), first)
     assert sum(encoded) == 14
 
 
-def test_changed_images_are_encoded_again(judge, tmp_path, encoded):
-    judge()
-    encoded.clear()
+@pytest.mark.parametrize("change", ["eval.precision=bf16", "model.image_mean=[0,0,0]", "another activation"])
+def test_another_way_to_encode_encodes_again(encode, tmp_path, encoded, change):
+    encode()
+    if change == "another activation":  # of the same weights
+        change = f"model.pretrained={write_clipn(tmp_path / 'gelu.pt', quick_gelu=True)}"
+    encode(change)
+    assert sum(encoded) == 14
+
+
+def test_changed_images_are_encoded_again(encode, tmp_path, encoded):
+    before = encode()
     Image.new("RGB", (13, 13), (250, 0, 0)).save(tmp_path / "ood/2.png")
-    again = judge()
-    assert sum(encoded) == 3
-    assert again.equals(judge(f"features.dir={tmp_path}/fresh"))
+    after = encode()
+    assert sum(encoded) == 10
+    changed = (before["ood"][1] - after["ood"][1]).abs().amax(dim=1) > 1e-3
+    assert changed.tolist() == [False, True, False]
 
 
-def test_features_need_not_be_kept(judge, tmp_path):
-    kept = judge(f"features.dir={tmp_path}/fresh")
-    assert judge("eval.keep_features=false").equals(kept)
-    assert files(tmp_path / "features") == [] and files(tmp_path / "fresh")
+def test_scores_of_images_are_computed_in_the_same_pass_and_kept(encode, encoded):
+    calls = []
+
+    def brightness(pixels):
+        calls.append(len(pixels))
+        return pixels.mean(dim=(1, 2, 3))
+
+    first = encode(scores={"brightness": brightness}, scores_of="scale 1")
+    assert sum(encoded) == sum(calls) == 7 and first["ood"][2]["brightness"].shape == (3,)
+    again = encode(scores={"brightness": brightness}, scores_of="scale 1")
+    assert sum(calls) == 7 and torch.equal(again["id"][2]["brightness"], first["id"][2]["brightness"])
+    encode(scores={"brightness": brightness}, scores_of="scale 2")
+    assert sum(calls) == 14
 
 
-def test_an_image_that_cannot_be_read_today_may_be_tomorrow(judge, tmp_path, monkeypatch):
-    first, broken = judge(), tmp_path / "ood/2.png"
-    (tmp_path / "features").rename(tmp_path / "before")
-    read = Path.read_bytes
+def test_features_need_not_be_kept(encode, tmp_path):
+    kept = encode(f"features.dir={tmp_path}/kept")
+    assert equal(encode("eval.keep_features=false"), kept)
+    assert files(tmp_path / "features") == [] and files(tmp_path / "kept")
+
+
+def test_an_image_that_could_not_be_read_is_tried_again(encode, tmp_path, monkeypatch):
+    read, broken = Path.read_bytes, tmp_path / "ood/2.png"
     monkeypatch.setattr(clipn.data.storage, "FIRST_PAUSE", 0.0)
 
     def failing(path):
@@ -84,23 +117,36 @@ def test_an_image_that_cannot_be_read_today_may_be_tomorrow(judge, tmp_path, mon
             raise OSError("Input/output error")
         return read(path)
 
-    monkeypatch.setattr(Path, "read_bytes", failing)
-    assert not judge().equals(first)
-    monkeypatch.setattr(Path, "read_bytes", read)
-    assert judge().equals(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        assert encode()["ood"][0].left_out == [broken]
+    images, features, _ = encode()["ood"]
+    assert images.left_out == [] and len(features) == 3
 
 
-def test_an_unreadable_image_is_left_out_and_told(judge, tmp_path, monkeypatch):
-    monkeypatch.undo()  # with the pictures
-    (tmp_path / "id/cat/2.png").write_bytes(b"no image")
-    for _ in range(2):  # the second time from what is kept
-        found = judge()
-        report = (tmp_path / "run/results.md").read_text()
-        assert "Unreadable images were left out: 1 of 4 in id." in report and f"- {tmp_path}/id/cat/2.png\n" in report
-    os.remove(tmp_path / "id/cat/2.png")
-    assert found.equals(judge()) and found["id_accuracy"].notna().all()
-    assert "Unreadable" not in (tmp_path / "run/results.md").read_text()
+def test_an_unreadable_image_is_left_out(encode, tmp_path):
+    broken = tmp_path / "id/cat/2.png"
+    broken.write_bytes(b"no image")
+    images, features, _ = encode()["id"]
+    assert images.left_out == [broken] and images.labels == [0, 1, 1]
+    kept, kept_features, _ = encode()["id"]  # read from the store
+    assert kept == images and torch.equal(kept_features, features)
+    broken.unlink()
+    alone, alone_features, _ = encode()["id"]
+    assert alone.paths == images.paths and alone.left_out == []
+    torch.testing.assert_close(alone_features, features, rtol=1e-4, atol=1e-5)  # encoded in other batches
     for path in (tmp_path / "ood").iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=rf"'ood': none of the 3 images in {tmp_path}/ood is readable"):
-        judge()
+        encode()
+
+
+def test_an_evaluation_reports_unreadable_images(config_path, tmp_path):
+    (tmp_path / "id/cat/2.png").write_bytes(b"no image")
+    for _ in range(2):  # the second time from the kept features
+        run_evaluation(str(config_path), [])
+        report = (tmp_path / "run/results.md").read_text()
+        assert "Unreadable images were left out: 1 of 4 in id." in report and f"- {tmp_path}/id/cat/2.png\n" in report
+    (tmp_path / "id/cat/2.png").unlink()
+    run_evaluation(str(config_path), [])
+    assert "Unreadable" not in (tmp_path / "run/results.md").read_text()
