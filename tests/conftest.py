@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import numbered_samples, write_shard
+from PIL import Image
 
+from clipn.config.loading import load_config
 from clipn.config.schema import DataConfig
 from clipn.model.base import build_base
 from clipn.model.checkpoint import write_checkpoint
 from clipn.model.clipn import CLIPN
+from clipn.training.loop import train
 
 torch.set_num_threads(1)
 
@@ -79,24 +82,51 @@ def settings(tmp_path):
     return _settings
 
 
-@pytest.fixture
-def config_file(tmp_path):
-    """A run of 2 epochs x 3 steps of 6 pairs on a tiny base CLIP."""
-    write_shard(tmp_path / "pairs.tar", numbered_samples(20, first=40))
-    (tmp_path / "model.json").write_text(json.dumps(architecture()))
+@pytest.fixture(scope="session")
+def base_clip(tmp_path_factory) -> Path:
+    """A folder with a tiny base CLIP: model.json and clip.pt. Tests only read it."""
+    folder = tmp_path_factory.mktemp("base_clip")
+    (folder / "model.json").write_text(json.dumps(architecture()))
     torch.manual_seed(0)
     base, made = build_base(architecture())
-    write_checkpoint({"state_dict": base.state_dict(), "architecture": made}, tmp_path / "clip.pt")
-    path = tmp_path / "config.yaml"
+    write_checkpoint({"state_dict": base.state_dict(), "architecture": made}, folder / "clip.pt")
+    return folder
+
+
+def write_config(folder: Path, base_clip: Path) -> Path:
+    """Write a config and its pairs: a run of 2 epochs x 3 steps of 6 pairs on the tiny base CLIP."""
+    write_shard(folder / "pairs.tar", numbered_samples(20, first=40))
+    path = folder / "config.yaml"
     path.write_text(
         f"""
-run: {{dir: {tmp_path}/run, device: cpu}}
-model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clip.pt, num_prompts: 3}}
-data: {{shards: {tmp_path}/pairs.tar, workers: 0, index_dir: {tmp_path}/index}}
+run: {{dir: {folder}/run, device: cpu}}
+model: {{name: {base_clip}/model.json, pretrained: {base_clip}/clip.pt, num_prompts: 3}}
+data: {{shards: {folder}/pairs.tar, workers: 0, index_dir: {folder}/index}}
 train: {{epochs: 2, batch_size: 6, precision: fp32, log_every_steps: 1, lr: 1e-3, checkpoint_every_steps: 2}}
 """
     )
     return path
+
+
+@pytest.fixture
+def config_file(tmp_path, base_clip) -> Path:
+    return write_config(tmp_path, base_clip)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, base_clip) -> Path:
+    """The folder of a finished run of `config_file`. Tests only read it, or copy it to their own run.dir."""
+    config = load_config(write_config(tmp_path_factory.mktemp("finished"), base_clip))
+    train(config)
+    return Path(config.run.dir)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Reports with an image of one pixel as each figure, because drawing takes seconds."""
+    for name in ("draw_bars", "draw_histograms", "draw_roc", "draw_samples"):
+        monkeypatch.setattr(f"clipn.report.write.{name}", lambda _: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr("clipn.report.write.save_figure", lambda image, path: image.save(path))
 
 
 @pytest.fixture

@@ -1,75 +1,141 @@
-"""Figures of unusual scores, sets and names."""
+"""What the figures show: shares, curves, bars and samples, for any names and scores."""
 
+import importlib
 import warnings
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import pandas as pd
+import pytest
 from helpers import write_images
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from clipn.data.image_sets import open_image_set
-from clipn.report.figures import draw_bars, draw_histograms, draw_roc, draw_samples
+from clipn.metrics import ood_metrics
+from clipn.report import figures
+from clipn.report.figures import draw_bars, draw_histograms, draw_roc, draw_samples, save_figure
+
+SIZES, MEANS = {"cats": 50, "dogs": 30, "owls": 20}, {"cats": 2, "dogs": 0, "owls": -1}
 
 
-def test_constant_scores_can_be_drawn(tmp_path):
-    scores = {"cats": {"MSP": np.full(5, 0.3)}, "dogs": {"MSP": np.full(2, 0.3)}}
-    draw_histograms(scores, "cats", tmp_path / "h.png")
-    assert (tmp_path / "h.png").stat().st_size > 1000
-
-
-def test_scores_that_hardly_differ_can_be_drawn(tmp_path):
-    """MSP of a sure model: float32 numbers next to one."""
-    near = np.nextafter(np.ones(50, np.float32), np.float32(0))
-    near[::2] = 1
-    draw_histograms({"cats": {"MSP": near}, "dogs": {"MSP": near[:7]}}, "cats", tmp_path / "h.png")
-    assert (tmp_path / "h.png").stat().st_size > 1000
-
-
-def test_figures_of_many_sets_and_methods_with_any_name(tmp_path):
-    """Names with formula marks, a leading underscore, letters that the font lacks: no error, no warning."""
+@pytest.fixture(scope="module")
+def scores():
     rng = np.random.default_rng(0)
-    names, methods = ["cats", "_a", "x$y$", "日本語", *(f"set {n}" for n in range(8))], [f"$m_{n}" for n in range(11)]
-    scores = {name: {method: rng.random(3) for method in methods} for name in names}
-    results = pd.DataFrame(
-        [{"ood_set": name, "method": method, "AUROC": 0.5, "FPR95": 0.5} for name in names[1:] for method in methods]
+    return {name: {method: rng.normal(MEANS[name], 1, size) for method in "AB"} for name, size in SIZES.items()}
+
+
+def shares(outline) -> np.ndarray:
+    """The heights of a histogram's 40 bins."""
+    return outline.get_xy()[1:81:2, 1]
+
+
+def colours(artists) -> list[tuple]:
+    return [
+        to_rgb(artist.get_color() if hasattr(artist, "get_color") else artist.get_edgecolor()) for artist in artists
+    ]
+
+
+def test_the_matplotlib_backend_stays_as_it_was(scores, tmp_path):
+    before = matplotlib.get_backend()
+    try:
+        matplotlib.use("svg")
+        imported = importlib.reload(figures)
+        imported.save_figure(imported.draw_histograms(scores), tmp_path / "histograms.png")
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(before)
+    assert Image.open(tmp_path / "histograms.png").size == (1008, 360), "8.4 x 3 inches at 120 dots per inch"
+
+
+def test_histograms_show_shares_of_each_set(scores):
+    figure = draw_histograms(scores)
+    assert [axis.get_title() for axis in figure.axes] == ["A", "B"]
+    for axis, method in zip(figure.axes, "AB", strict=True):
+        assert [outline.get_label() for outline in axis.patches] == ["cats (ID)", "dogs", "owls"]
+        edges = np.linspace(*np.percentile(np.concatenate([s[method] for s in scores.values()]), (0, 100)), 41)
+        for name, outline in zip(scores, axis.patches, strict=True):
+            assert shares(outline).sum() == pytest.approx(1)
+            assert shares(outline) == pytest.approx(np.histogram(scores[name][method], edges)[0] / SIZES[name])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["cats (ID)", "dogs", "owls"]
+
+
+@pytest.mark.parametrize("low", [0.3, np.nextafter(np.float32(0.3), np.float32(0)), 0.0])
+def test_equal_or_nearly_equal_scores_are_one_peak(low):
+    high = np.float32(low and 0.3)
+    sets = {"cats": {"MSP": np.array([low, high, high], np.float32)}, "dogs": {"MSP": np.array([high])}}
+    for outline in draw_histograms(sets).axes[0].patches:
+        assert shares(outline).sum() == pytest.approx(1) and np.ptp(np.flatnonzero(shares(outline))) <= 1
+
+
+def test_roc_curves_state_their_auroc(scores):
+    figure = draw_roc(scores)
+    assert [axis.get_title() for axis in figure.axes] == ["A", "B"]
+    for axis, method in zip(figure.axes, "AB", strict=True):
+        curves = axis.lines[:2]
+        for name, curve in zip(("dogs", "owls"), curves, strict=True):
+            auroc = ood_metrics(scores["cats"][method], scores[name][method])["AUROC"]
+            fpr, tpr = curve.get_data()
+            assert curve.get_label() == f"{name} {100 * auroc:.1f}"
+            assert (np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2).sum() == pytest.approx(auroc)
+            assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+        assert len(axis.get_legend().get_texts()) == 2, "the two guide lines have no label"
+        assert colours(curves) == colours(draw_histograms(scores).axes[0].patches[1:])
+
+
+def test_bars_show_means_and_deviations_in_percent():
+    """Two runs of two sets: 90 and 70, then 80 and 100; each run's average is 85."""
+    aurocs = {"dogs": (0.9, 0.7), "owls": (0.8, 1.0)}
+    rows = [
+        {"ood_set": name, "method": method, "AUROC": values[run], "FPR95": 0.5}
+        for run in (0, 1)
+        for name, values in aurocs.items()
+        for method in ("Z", "A")
+    ]
+    auroc, fpr95 = draw_bars(pd.DataFrame(rows)).axes
+    assert [bars.get_label() for bars in auroc.containers if hasattr(bars, "patches")] == ["Z", "A"]
+    assert [bar.get_height() for bar in auroc.patches[:3]] == pytest.approx([80, 90, 85])
+    assert [bar.get_height() for bar in fpr95.patches] == pytest.approx([50] * 6)
+    assert "AUROC" in auroc.get_ylabel() and "lower is better" in fpr95.get_ylabel()
+    assert [label.get_text() for label in fpr95.get_xticklabels()] == ["dogs", "owls", "average"]
+    (error_lines,) = auroc.containers[0].lines[2]
+    lengths = [np.ptp(segment[:, 1]) / 2 for segment in error_lines.get_segments()]
+    assert lengths == pytest.approx([np.sqrt(200), np.sqrt(200), 0], abs=1e-6)
+    assert not draw_bars(pd.DataFrame(rows[:4])).axes[0].collections, "one run has no deviation"
+
+
+def test_any_name_and_many_sets_can_be_drawn(tmp_path):
+    """Formula marks, a leading underscore, letters that the font lacks, a set named average: no error, no warning."""
+    rng = np.random.default_rng(0)
+    names, methods = (
+        ["cats", "_a", "x$y$", "日本語", "average", *(f"set {n}" for n in range(7))],
+        ["$m_1", "_m", "a^b$"],
     )
+    sets = {name: {method: rng.random(3) for method in methods} for name in names}
+    rows = [{"ood_set": name, "method": m, "AUROC": 0.5, "FPR95": 0.5} for name in names[1:] for m in methods]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_histograms(scores, "cats", tmp_path / "h.png")
-        draw_roc(scores, "cats", tmp_path / "r.png")
-        draw_bars(results, tmp_path / "b.png")
-    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in "hrb")
+        drawn = [draw_histograms(sets), draw_roc(sets), draw_bars(pd.DataFrame(rows))]
+        for number, figure in enumerate(drawn):
+            save_figure(figure, tmp_path / f"{number}.png")
+    assert [len(figure.axes) for figure in drawn] == [3, 3, 2]
+    assert len(drawn[0].legends[0].get_texts()) == 12 and len(drawn[2].legends[0].get_texts()) == 3
+    assert len(drawn[1].axes[0].get_legend().get_texts()) == 11, "no curve is hidden by its name"
 
 
-def test_samples_show_the_same_pictures_each_time(tmp_path):
+def test_samples_are_drawn_by_seed(tmp_path):
     cats, dogs = (
-        write_images(tmp_path / name, *(f"a_$/{n}.png" for n in range(n))) for name, n in (("c", 16), ("d", 1))
+        write_images(tmp_path / name, *(f"a_$/{n}.png" for n in range(count))) for name, count in (("c", 16), ("d", 1))
     )
-    sets = [open_image_set("cats", cats), open_image_set("größe_$1 and more", dogs)]
-    draw_samples(sets, tmp_path / "a.png")
-    draw_samples(sets, tmp_path / "b.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(Image.open(tmp_path / "b.png")))
+    sets = [open_image_set("cats", cats), open_image_set("größe_$1 and a long name", dogs)]
 
-
-def test_bars_show_means_and_deviations(tmp_path, monkeypatch):
-    """Two runs of two sets: 90 and 70, then 80 and 100; each run's average is 85."""
-    drawn, bar = [], plt.Axes.bar
-
-    def recorded(axis, places, heights, *more, yerr=None, **style):
-        drawn.append(
-            (style["label"], [round(h, 2) for h in heights], None if yerr is None else [round(e, 2) for e in yerr])
+    def red(seed: int) -> list[int]:
+        """The red value of each image in the row of cats, which tells which image it is."""
+        figure = draw_samples(sets, seed)
+        assert [len(axis.images) for axis in figure.axes] == [1] * 12 + [1] + [0] * 11
+        assert (
+            figure.axes[12].texts[0].get_text() == "größe_\\$1 and a…\n(OOD)" and figure.axes[0].get_title() == "a \\$"
         )
-        return bar(axis, places, heights, *more, yerr=yerr, **style)
+        return [int(axis.images[0].get_array()[0, 0, 0]) for axis in figure.axes[:12]]
 
-    monkeypatch.setattr(plt.Axes, "bar", recorded)
-    aurocs = {"dogs": (0.9, 0.7), "average": (0.8, 1.0)}
-    rows = [
-        {"ood_set": name, "method": "MSP", "AUROC": values[seed], "FPR95": 0.5}
-        for seed in (0, 1)
-        for name, values in aurocs.items()
-    ]
-    draw_bars(pd.DataFrame(rows), tmp_path / "two.png")
-    draw_bars(pd.DataFrame(rows[:2]), tmp_path / "one.png")
-    assert drawn[0] == ("MSP", [80.0, 90.0, 85.0], [14.14, 14.14, 0.0])
-    assert drawn[2] == ("MSP", [90.0, 80.0, 85.0], None)
+    assert len(set(red(0))) == 12 and red(0) == red(0) != red(1)

@@ -1,4 +1,4 @@
-"""report.html: whole in itself, safe with any name, and a gallery of the right pictures."""
+"""report.html: self-contained, safe with any name, with a gallery of the worst mistakes."""
 
 import base64
 import io
@@ -12,8 +12,8 @@ from helpers import set_scores, write_images
 from PIL import Image
 
 from clipn.data.image_sets import open_image_set
-from clipn.report.html import figure, gallery, page
-from clipn.report.tables import Table
+from clipn.evaluation.results import Evaluation
+from clipn.report.html import figure_uri
 from clipn.report.write import write_report
 
 NASTY = '<script>alert("1")</script> & größe 日本'
@@ -36,7 +36,7 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag, "tags are closed in turn"
+        assert self.open.pop() == tag, "tags are closed in the order of opening"
 
     def handle_data(self, data):
         self.text += data
@@ -45,131 +45,125 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def picture(source: str) -> Image.Image:
+def decoded(source: str) -> Image.Image:
     kind, content = re.fullmatch(r"data:image/(png|jpeg);base64,(.+)", source).groups()
     image = Image.open(io.BytesIO(base64.b64decode(content)))
     assert image.format.lower() == kind
     return image
 
 
-@pytest.fixture
-def found(tmp_path):
-    """Twenty pictures each: ID in two classes, OOD in a class with a nasty name, OOD without labels.
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    """Twenty images each: ID in two classes, OOD in a class with a nasty name, OOD without labels.
 
-    Picture n has a shade of its own, and the score n / 20 by ATD, 1 - n / 20 by MSP.
+    Image n has a shade of its own, and the score n / 20 by ATD, 1 - n / 20 by MSP.
     """
-    names = {"cats": ["a_tabby", "b"], "dogs": ["o&<i>"], "flat": [""]}
-    sets, n = {}, np.arange(20)
-    for name, classes in names.items():
-        for number in n:
-            path = tmp_path / name / classes[0 if number < 10 else -1] / f"{number:02d} <ü>.png"
+    root, classes = tmp_path_factory.mktemp("sets"), {"cats": ["a_tabby", "b"], "dogs": ["o&<i>"], "flat": [""]}
+    sets = {}
+    for name, folders in classes.items():
+        for number in range(20):
+            path = root / name / folders[0 if number < 10 else -1] / f"{number:02d} <ü>.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (12, 12), (10 * int(number), 90, 160)).save(path)
-        images = open_image_set(name, tmp_path / name)
-        own = np.array([int(path.name[:2]) for path in images.paths])
-        scores = {"ATD": own / 20, "MSP": 1 - own / 20}
-        sets[name] = set_scores(images, scores, predicted=own % 2, p_yes=own / 100)
+            Image.new("RGB", (12, 12), (10 * number, 90, 160)).save(path)
+        images = open_image_set(name, root / name)
+        numbers = np.array([int(path.name[:2]) for path in images.paths])
+        by_method = {"ATD": numbers / 20, "MSP": 1 - numbers / 20}
+        sets[name] = set_scores(images, by_method, predicted=numbers % 2, p_yes=numbers / 100)
     return sets
 
 
-@pytest.fixture
-def results():
-    rows = [
-        {"id_set": "cats", "ood_set": name, "method": method, "AUROC": 0.5, "FPR95": fpr, "AUPR_IN": 0.1}
-        | {"AUPR_OUT": 0.2, "id_accuracy": 0.5, "seed": 0}
-        for name, fpr in (("dogs", 0.25), ("flat", 0.5))
-        for method in ("ATD", "MSP")
-    ]
-    return pd.DataFrame(rows)
-
-
+METRICS = {"AUROC": 0.5, "AUPR_IN": 0.1, "AUPR_OUT": 0.2, "id_accuracy": 0.5, "seed": 0}
+RESULTS = pd.DataFrame(
+    {"id_set": "cats", "ood_set": name, "method": method, "FPR95": fpr95} | METRICS
+    for name, fpr95 in (("dogs", 0.25), ("flat", 0.5))
+    for method in ("MSP", "ATD")
+)
 DECISIONS = pd.DataFrame(
     [{"id_set": "cats", "ood_set": "dogs", "decision": "CTW", "id_kept": 0.9, "ood_found": 0.6, "accuracy": 0.75}]
 )
 
 
-def parts(*arguments) -> list[str]:
-    """The gallery's parts: the OOD sets, then the ID set."""
-    return re.split("(?=<h3>)", gallery(*arguments))[1:]
+def html(folder, scores, class_names, results=RESULTS, decisions=DECISIONS) -> str:
+    write_report(folder, Evaluation(results, decisions, scores, class_names))
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def shades(part: str) -> list[int]:
-    return [picture(image["src"]).getpixel((5, 5))[0] // 10 for image in Page(part).all("img")]
+def gallery(*arguments) -> list[Page]:
+    """The gallery's sections: the OOD sets, then the ID set."""
+    return [Page(section) for section in re.split("(?=<h3>)", html(*arguments).split("</section>\n</body>")[0])[1:]]
 
 
-def test_the_gallery_shows_the_worst_first(found, results):
-    dogs, flat, cats = parts(found, results, ["a tabby", "b"], "ATD")
-    assert shades(dogs) == shades(flat) == list(range(19, 7, -1)), "OOD: the highest scores"
-    assert shades(cats) == list(range(12)), "ID: the lowest"
-    dogs, flat, cats = parts(found, results, ["a tabby", "b"], "MSP")
-    assert shades(dogs) == list(range(12)) and shades(cats) == list(range(19, 7, -1))
+def shades(section: Page) -> list[int]:
+    return [decoded(image["src"]).getpixel((5, 5))[0] // 10 for image in section.all("img")]
 
 
-def test_a_card_says_what_it_was_taken_for(found, results):
-    dogs, flat, cats = (Page(part).text for part in parts(found, results, ["a tabby", NASTY], "ATD"))
-    assert dogs.startswith("dogs (OOD): most sure to be ID25.00 % of its 20 images pass")
-    assert f"o&<i>taken for {NASTY}ATD 0.9500pyes 0.190, pno 0.810" in dogs
-    assert f"pass where 95 % of the ID do.\ntaken for {NASTY}ATD 0.9500" in flat, "no class of its own"
-    assert "a tabbyclass rightATD 0.000" in cats and f"a tabbytaken for {NASTY}ATD 0.0500" in cats
-    dogs, flat, cats = (Page(part).text for part in parts(found, results, ["o&<i>", "under_score"], "MSP"))
-    assert "o&<i>taken for o&<i>MSP" in dogs, "an OOD image's class is never right, whatever its folder is called"
-    assert "under_scoretaken for o&<i>" in cats and "tabby" not in cats, "the names that were asked for, as they are"
+@pytest.mark.parametrize("method, by_rising_score", [("ATD", list(range(20))), ("MSP", list(range(19, -1, -1)))])
+def test_the_gallery_shows_the_worst_mistakes_first(tmp_path, scores, no_figures, method, by_rising_score):
+    """Of ATD if it was evaluated, else of the last method."""
+    results = RESULTS if method == "ATD" else RESULTS[RESULTS["method"] == "MSP"]
+    dogs, flat, cats = gallery(tmp_path, scores, ["a tabby", "b"], results)
+    assert shades(dogs) == shades(flat) == by_rising_score[:7:-1], "OOD: the highest scores"
+    assert shades(cats) == by_rising_score[:12], "ID: the lowest scores"
+    assert f"Worst mistakes of {method}" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_needs_nothing_else(tmp_path, found, results):
-    write_report(tmp_path / "run <&>", results, DECISIONS, found, [NASTY, "b"])
-    text = (tmp_path / "run <&>" / "report.html").read_text(encoding="utf-8")
-    parsed = Page(text)
-    assert not parsed.open, "every tag is closed"
-    assert not {"script", "link", "iframe", "i"} & {tag for tag, _ in parsed.tags}
-    assert "url(" not in text and "@import" not in text
-    images = parsed.all("img")
-    assert len(images) == 4 + 3 * 12 and all(min(picture(image["src"]).size) >= 12 for image in images)
-    assert all(image["alt"] for image in images)
-    assert "default-src 'none'" in parsed.all("meta")[2]["content"]
-    anchors = {f"#{section['id']}" for section in parsed.all("section")}
-    assert {a["href"] for a in parsed.all("a")} == anchors and len(anchors) == 4
-    assert "run <&>" in parsed.text and NASTY in parsed.text and "Worst mistakes of ATD" in parsed.text
-    assert len(text) < 2_000_000
+def test_a_card_shows_classes_score_and_probabilities(tmp_path, scores, no_figures):
+    dogs, flat, cats = (section.text for section in gallery(tmp_path, scores, ["a tabby", NASTY]))
+    assert dogs.startswith("dogs (OOD): highest scores\n25.00 % of its 20 images are accepted")
+    assert f"o&<i>predicted: {NASTY}ATD 0.9500pyes 0.190,\npno 0.810" in dogs
+    assert f"\npredicted: {NASTY}ATD 0.9500" in flat, "no class of its own"
+    assert "a tabbyclass correctATD 0.000" in cats and f"a tabbypredicted: {NASTY}ATD 0.0500" in cats
+    dogs, _, cats = (section.text for section in gallery(tmp_path, scores, ["under_score", "o&<i>"]))
+    assert "o&<i>predicted: o&<i>ATD" in dogs, "an OOD image's class is never correct, whatever its folder's name is"
+    assert "under_scorepredicted: o&<i>" in cats and "tabby" not in cats, "the class names of the evaluation"
 
 
-def test_without_atd_the_last_method_is_shown(tmp_path, found, results):
-    write_report(tmp_path / "run", results[results["method"] != "ATD"], DECISIONS, found, ["a", "b"])
-    assert "Worst mistakes of MSP" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+def test_the_page_is_self_contained_and_escapes_names(tmp_path, scores):
+    """With real figures, in a folder and with a class whose names are markup."""
+    text = html(tmp_path / "run <&>", scores, [NASTY, "b"])
+    page = Page(text)
+    assert not page.open, "every tag is closed"
+    assert not {"script", "link", "iframe", "i"} & {tag for tag, _ in page.tags}
+    assert "url(" not in text and "@import" not in text and len(text) < 2_000_000
+    figures, thumbnails = page.all("img")[:4], page.all("img")[4:]
+    assert len(thumbnails) == 3 * 12 and all(image["alt"] for image in figures + thumbnails)
+    for image, name in zip(figures, ("bars", "histograms", "roc", "samples"), strict=True):
+        file = Image.open(tmp_path / f"run <&>/figures/{name}.png")
+        assert decoded(image["src"]).tobytes() == file.tobytes() and np.asarray(file.convert("L")).std() > 5
+    assert "default-src 'none'" in page.all("meta")[2]["content"] and "prefers-color-scheme: dark" in text
+    anchors = [f"#{section['id']}" for section in page.all("section")]
+    assert [link["href"] for link in page.all("a")] == anchors and len(anchors) == 4
+    assert "run <&>" in page.text and NASTY in page.text
 
 
-def test_thumbnails_are_small_and_tiny_pictures_exact(tmp_path, results):
+def test_tables_have_groups_scopes_and_small_deviations(tmp_path, scores, no_figures):
+    row = DECISIONS.assign(ood_set="d&gs", decision="<b>", open_accuracy=0.5)
+    text = html(tmp_path, scores, ["a", "b"], decisions=pd.concat([row, row.assign(id_kept=0.7)]))
+    table = Page(text.split("<table>")[2].split("</table>")[0])
+    assert [head.get("colspan") for head in table.all("th")] == ["1", "1", "2"] + [None] * 6
+    assert [head["scope"] for head in table.all("th")] == ["colgroup"] * 3 + ["col"] * 5 + ["row"]
+    assert "d&gs" in table.text and not table.all("b")
+    assert "<b>80.00 ± 14.1460.00 ± 0.00" in table.text and len(table.all("small")) == 4
+
+
+def test_thumbnails_are_small_and_tiny_images_exact(tmp_path, no_figures):
     rng = np.random.default_rng(0)
-    large, tiny = (
-        rng.integers(0, 256, (900, 1200, 3), dtype=np.uint8),
-        rng.integers(0, 256, (32, 32, 3), dtype=np.uint8),
-    )
+    pixels = {size: rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((900, 1200), (32, 32))}
     sets = {}
-    for name, pixels in {"cats": large, "dogs": tiny, "flat": tiny}.items():
-        write_images(tmp_path / name, "a/1.png")
-        Image.fromarray(pixels).save(tmp_path / name / "a/1.png")
+    for name, size in {"cats": (900, 1200), "dogs": (32, 32), "flat": (32, 32)}.items():
+        file = write_images(tmp_path / name, "a/1.png") / "a/1.png"
+        Image.fromarray(pixels[size]).save(file)
         sets[name] = set_scores(open_image_set(name, tmp_path / name), {"ATD": np.zeros(1)})
-    dogs, _, cats = (Page(part).all("img") for part in parts(sets, results, ["a"], "ATD"))
-    assert picture(cats[0]["src"]).size == (160, 120) and "class" not in cats[0] and len(cats[0]["src"]) < 30_000
-    assert np.array_equal(np.asarray(picture(dogs[0]["src"])), tiny) and dogs[0]["class"] == "pixels"
+    dogs, _, cats = (section.all("img")[0] for section in gallery(tmp_path, sets, ["a"]))
+    assert decoded(cats["src"]).size == (160, 120) and "class" not in cats and len(cats["src"]) < 30_000
+    assert np.array_equal(decoded(dogs["src"]), pixels[32, 32]) and dogs["class"] == "pixels"
 
 
-def test_a_figure_of_many_photos_becomes_a_jpeg(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photos.png")
+def test_a_large_figure_of_photos_becomes_a_jpeg(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)).save(
+        tmp_path / "photos.png"
+    )
     Image.new("RGB", (700, 700)).save(tmp_path / "chart.png")
-    shown = [Page(figure(tmp_path / f"{name}.png", 'a "caption"')).all("img")[0] for name in ("photos", "chart")]
-    assert [picture(image["src"]).format for image in shown] == ["JPEG", "PNG"]
-    assert shown[0]["alt"] == 'a "caption"' and len(shown[0]["src"]) < (tmp_path / "photos.png").stat().st_size
-
-
-def test_an_empty_section_is_left_out():
-    parsed = Page(page("t", [("one", "<p>1</p>"), ("two", ""), ("<three>", "<p>3</p>")]))
-    assert "two" not in parsed.text and parsed.text.count("<three>") == 2, "in the list above, and over its section"
-
-
-def test_a_table_with_groups():
-    columns = [("", "method"), ("d&gs", "AUROC"), ("d&gs", "FPR95"), ("ID", "accuracy")]
-    parsed = Page(Table(columns, [["<b>", "90.00 ± 1.00", "5.00", "–"]]).html())
-    assert [head.get("colspan") for head in parsed.all("th")] == ["2", "1", None, None, None, None, None]
-    assert "d&gs" in parsed.text and "<b>90.00 ± 1.005.00–" in parsed.text and not parsed.all("b")
+    photos, chart = figure_uri(tmp_path / "photos.png"), figure_uri(tmp_path / "chart.png")
+    assert decoded(photos).format == "JPEG" and decoded(chart).format == "PNG"
+    assert len(photos) < (tmp_path / "photos.png").stat().st_size

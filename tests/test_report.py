@@ -8,22 +8,21 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import set_scores, write_images
-from PIL import Image
 
-from clipn import report
 from clipn.data.image_sets import open_image_set
 from clipn.evaluation.results import Evaluation, join
-from clipn.metrics import bootstrap_interval, ood_metrics
-from clipn.report.write import ablation_table, bootstrap_intervals, decision_table, main_table, summary, write_report
+from clipn.metrics import bootstrap_interval
+from clipn.report.tables import decisions_table, markdown, results_table
+from clipn.report.write import ablation_table, bootstrap_intervals, summary, write_report
 
 
-def result(ood_set, method, auroc, fpr95, seed=0, accuracy=0.5) -> dict:
+def result(ood_set, method, auroc, fpr95, seed=0) -> dict:
     metrics = {"AUROC": auroc, "FPR95": fpr95, "AUPR_IN": 0.1, "AUPR_OUT": 0.2}
-    return {"id_set": "cats", "ood_set": ood_set, "method": method, **metrics, "id_accuracy": accuracy, "seed": seed}
+    return {"id_set": "cats", "ood_set": ood_set, "method": method, **metrics, "id_accuracy": 0.5, "seed": seed}
 
 
-def decision(ood_set, name, kept, found, accuracy, seed=0) -> dict:
-    shares = {"id_kept": kept, "ood_found": found, "accuracy": accuracy}
+def decision(ood_set, name, kept, detected, accuracy, seed=0) -> dict:
+    shares = {"id_kept": kept, "ood_found": detected, "accuracy": accuracy}
     return {"id_set": "cats", "ood_set": ood_set, "decision": name, **shares, "seed": seed}
 
 
@@ -34,36 +33,41 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:1] + lines[2:]]
 
 
-ONE_RUN = [
-    result("dogs", "MSP", 0.9, 0.25),
-    result("dogs", "ATD", 0.95678, 0.125),
-    result("owls", "MSP", 0.8, 0.5),
-    result("owls", "ATD", 1.0, 0.0),
-]
-OTHER_RUN = [
-    result("dogs", "MSP", 0.7, 0.35, seed=1),
-    result("dogs", "ATD", 0.95678, 0.125, seed=1),
-    result("owls", "MSP", 1.0, 0.5, seed=1),
-    result("owls", "ATD", 0.9, 0.1, seed=1),
-]
+def main_table(results: pd.DataFrame) -> list[list[str]]:
+    return cells(markdown(results_table(results)))
+
+
+ONE_RUN = pd.DataFrame(
+    [
+        result("dogs", "MSP", 0.9, 0.25),
+        result("dogs", "ATD", 0.95678, 0.125),
+        result("owls", "MSP", 0.8, 0.5),
+        result("owls", "ATD", 1.0, 0.0),
+    ]
+)
+OTHER_RUN = pd.DataFrame(
+    [
+        result("dogs", "MSP", 0.7, 0.35, seed=1),
+        result("dogs", "ATD", 0.95678, 0.125, seed=1),
+        result("owls", "MSP", 1.0, 0.5, seed=1),
+        result("owls", "ATD", 0.9, 0.1, seed=1),
+    ]
+)
+TWO_RUNS = pd.concat([ONE_RUN, OTHER_RUN], ignore_index=True)
 
 
 def test_one_run_in_percent():
-    assert cells(main_table(pd.DataFrame(ONE_RUN))) == [
+    assert main_table(ONE_RUN) == [
         ["method", "dogs AUROC", "dogs FPR95", "owls AUROC", "owls FPR95", "average AUROC", "average FPR95"],
         ["MSP", "90.00", "25.00", "80.00", "50.00", "85.00", "37.50"],
         ["ATD", "95.68", "12.50", "100.00", "0.00", "97.84", "6.25"],
     ]
-
-
-def test_one_set_has_its_own_numbers_as_average():
-    (_, row) = cells(main_table(pd.DataFrame(ONE_RUN[:1])))
-    assert row == ["MSP", "90.00", "25.00", "90.00", "25.00"]
+    assert main_table(ONE_RUN[:1])[1] == ["MSP", "90.00", "25.00", "90.00", "25.00"], "one set is its own average"
 
 
 def test_two_runs_are_averaged_over_sets_first():
     """MSP: each run's average over the two sets is 85.00, so that average does not vary, though each set does."""
-    rows = cells(main_table(pd.DataFrame(ONE_RUN + OTHER_RUN)))
+    rows = main_table(TWO_RUNS)
     assert rows[1] == [
         "MSP",
         "80.00 ± 14.14",  # 90 and 70: the sample deviation
@@ -77,228 +81,176 @@ def test_two_runs_are_averaged_over_sets_first():
 
 
 def test_two_checkpoints_of_one_seed_are_two_runs():
-    again = [row | {"seed": 0} for row in OTHER_RUN]
-    assert main_table(pd.DataFrame(ONE_RUN + again)) == main_table(pd.DataFrame(ONE_RUN + OTHER_RUN))
+    assert main_table(TWO_RUNS.assign(seed=0)) == main_table(TWO_RUNS)
 
 
-def test_results_read_back_from_csv_give_the_same_table(tmp_path):
-    results = pd.DataFrame(ONE_RUN + OTHER_RUN)
-    results.to_csv(tmp_path / "results.csv", index=False)
-    assert main_table(pd.read_csv(tmp_path / "results.csv")) == main_table(results)
+@pytest.mark.parametrize("name", ["average", "ID", "a|b"])
+def test_a_set_may_have_the_name_of_another_column(name):
+    table = results_table(ONE_RUN.replace("dogs", name), accuracy=True)
+    assert table.columns[1] == (name, "AUROC") and table.iloc[0].tolist()[1:3] == ["90.00", "25.00"]
+    assert table.shape == (2, 8) and markdown(table).splitlines()[0].count(" | ") == 7
 
 
 def test_decisions_in_percent():
-    rows = [
-        decision("dogs", "CTW", 0.9, 0.6, 0.75),
-        decision("dogs", "ATD", 0.8, 0.7, 0.75),
-        decision("owls", "CTW", 0.9, 0.2, 0.55),
-        decision("owls", "ATD", 0.8, 1.0, 0.9),
-    ]
-    assert cells(decision_table(pd.DataFrame(rows))) == [
-        ["decision", "ID kept", "dogs found", "owls found", "average accuracy"],
+    rows = pd.DataFrame(
+        [
+            decision("dogs", "CTW", 0.9, 0.6, 0.75),
+            decision("dogs", "ATD", 0.8, 0.7, 0.75),
+            decision("owls", "CTW", 0.9, 0.2, 0.55),
+            decision("owls", "ATD", 0.8, 1.0, 0.9),
+        ]
+    )
+    assert cells(markdown(decisions_table(rows))) == [
+        ["decision", "ID kept", "dogs detected", "owls detected", "average accuracy"],
         ["CTW", "90.00", "60.00", "20.00", "65.00"],
         ["ATD", "80.00", "70.00", "100.00", "82.50"],
     ]
-    other = [row | {"id_kept": row["id_kept"] - 0.1, "seed": 1} for row in rows]
-    assert cells(decision_table(pd.DataFrame(rows + other)))[1] == [
-        "CTW",
-        "85.00 ± 7.07",
-        "60.00 ± 0.00",
-        "20.00 ± 0.00",
-        "65.00 ± 0.00",
-    ]
+    two_runs = pd.concat([rows, rows.assign(id_kept=rows["id_kept"] - 0.1, seed=1)])
+    row = ["CTW", "85.00 ± 7.07", "60.00 ± 0.00", "20.00 ± 0.00", "65.00 ± 0.00"]
+    assert cells(markdown(decisions_table(two_runs)))[1] == row
 
 
-def test_the_summary_says_what_is_in_distribution():
-    one = summary(pd.DataFrame(ONE_RUN))
-    assert "cats" in one and "ID accuracy 50.00" in one and "checkpoints" not in one
-    assert main_table(pd.DataFrame(ONE_RUN)) in one
-    two = summary(pd.DataFrame(ONE_RUN + [row | {"id_accuracy": 0.6} for row in OTHER_RUN]))
-    assert "ID accuracy 55.00 ± 7.07" in two and "2 checkpoints" in two
-
-
-def test_a_flat_folder_has_no_accuracy():
-    rows = [row | {"id_accuracy": float("nan")} for row in ONE_RUN]
-    text = summary(pd.DataFrame(rows))
-    assert "accuracy" not in text and "nan" not in text
-
-
-@pytest.fixture
-def material(tmp_path):
-    sets = [
-        open_image_set("cats", write_images(tmp_path / "cats", *(f"{c}/{n}.png" for c in "ab" for n in range(8)))),
-        open_image_set("dogs", write_images(tmp_path / "dogs", "1.png")),
-        open_image_set("größe_$1", write_images(tmp_path / "owls", "snowy_owl/1.png", "snowy_owl/2.png")),
-    ]
-    rng = np.random.default_rng(0)
-    methods = ("MSP", "MaxLogit", "CTW", "ATD")
-    return {s.name: set_scores(s, {m: rng.random(len(s)) for m in methods}) for s in sets}
-
-
-def judged(found, id_set="cats", seeds=(0,)) -> pd.DataFrame:
-    """The results of these scores."""
-    inside, *outside = found.values()
-    rows = [
-        {"id_set": id_set, "ood_set": one.images.name, "method": method}
-        | ood_metrics(inside.scores[method], one.scores[method])
-        | {"id_accuracy": 0.5, "seed": seed}
-        for seed in seeds
-        for one in outside
-        for method in inside.scores
-    ]
-    return pd.DataFrame(rows)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Reports with dots for figures: drawing takes seconds."""
-    for name in ("draw_bars", "draw_histograms", "draw_roc", "draw_samples"):
-        monkeypatch.setattr(report, name, lambda *arguments: Image.new("RGB", (1, 1)).save(arguments[-1]))
-
-
-DECISIONS = pd.DataFrame([decision("dogs", "CTW", 0.9, 0.6, 0.75)])
-FIGURES = ("bars", "histograms", "roc", "samples")
-
-
-def test_the_files_of_a_report(tmp_path, material):
-    results, folder = judged(material), tmp_path / "run"
-    write_report(folder, results, DECISIONS, material, ["a", "b"])
-    files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    tables = ["report.html", "results.csv", "results.md", "results.tex"]
-    assert files == ["decisions.csv", *(f"figures/{name}.png" for name in FIGURES), *tables]
-    pd.testing.assert_frame_equal(pd.read_csv(folder / "results.csv"), results)
-    pd.testing.assert_frame_equal(pd.read_csv(folder / "decisions.csv"), DECISIONS)
-    page = (folder / "results.md").read_text(encoding="utf-8")
-    assert main_table(results) in page and decision_table(DECISIONS) in page and summary(results) in page
-    assert "Reported by others" not in page and "bootstrap" not in page
-    for name in FIGURES:
-        image = Image.open(folder / "figures" / f"{name}.png").convert("L")
-        assert min(image.size) > 100 and np.asarray(image).std() > 5, "something is drawn"
-    write_report(folder, results, DECISIONS, material, ["a", "b"])
-
-
-def test_joined_evaluations_make_one_report(tmp_path, material, undrawn):
-    one, other = (Evaluation(judged(material, seeds=[seed]), DECISIONS, material, ["a", "b"]) for seed in (0, 1))
-    write_report(tmp_path / "run", *join([one, other]))
-    assert "over 2 checkpoints" in (tmp_path / "run/results.md").read_text(encoding="utf-8")
-    assert "are those of the first checkpoint" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
-
-
-def test_unreadable_images_are_named(tmp_path, material, undrawn):
-    one = material["cats"].images.without([3])
-    cut = {"cats": set_scores(one, {m: v[: len(one)] for m, v in material["cats"].scores.items()})}
-    write_report(tmp_path / "run", judged(material), DECISIONS, material | cut, ["a", "b"])
-    for name in ("results.md", "report.html"):
-        text = (tmp_path / "run" / name).read_text(encoding="utf-8")
-        assert "1 of 16 in cats" in text and str(one.left_out[0]) in text
-
-
-def test_decisions_with_the_class_asked_for():
-    rows = pd.DataFrame([decision("dogs", "CTW", 0.9, 0.6, 0.75) | {"open_accuracy": 0.7}])
-    assert cells(decision_table(rows))[0][-2:] == ["average accuracy", "average (C+1)-way accuracy"]
-    assert cells(decision_table(rows))[1][-2:] == ["75.00", "70.00"]
-    assert "way" not in decision_table(rows.assign(open_accuracy=float("nan"))), "no labels"
+def test_decisions_with_the_class_required():
+    rows = DECISIONS.assign(open_accuracy=0.7)
+    header, row = cells(markdown(decisions_table(rows)))
+    assert header[-2:] == ["average accuracy", "average (C+1)-way accuracy"] and row[-2:] == ["75.00", "70.00"]
+    assert "way" not in markdown(decisions_table(rows.assign(open_accuracy=float("nan")))), "no labels"
 
 
 def test_settings_side_by_side():
-    one, other = (pd.DataFrame(rows) for rows in (ONE_RUN, OTHER_RUN))
-    rows = cells(ablation_table(pd.concat([one.assign(setting="lr=1"), other.assign(setting="lr=2")])))
-    assert rows[0] == ["setting", "MSP AUROC", "MSP FPR95", "ATD AUROC", "ATD FPR95", "ID accuracy"]
-    assert rows[1:] == [
+    rows = cells(ablation_table(pd.concat([ONE_RUN.assign(setting="lr=1"), OTHER_RUN.assign(setting="lr=2")])))
+    assert rows == [
+        ["setting", "MSP AUROC", "MSP FPR95", "ATD AUROC", "ATD FPR95", "ID accuracy"],
         ["lr=1", "85.00", "37.50", "97.84", "6.25", "50.00"],
         ["lr=2", "85.00", "42.50", "92.84", "11.25", "50.00"],
     ]
-    assert cells(ablation_table(pd.concat([one, other]).assign(setting="both")))[1][2] == "40.00 ± 3.54"
+    assert cells(ablation_table(TWO_RUNS.assign(setting="both")))[1][2] == "40.00 ± 3.54"
 
 
-# LaTeX
+def test_the_summary_names_the_id_set_and_its_accuracy():
+    text = summary(ONE_RUN)
+    assert "cats" in text and "ID accuracy 50.00" in text and "checkpoints" not in text
+    assert markdown(results_table(ONE_RUN)) in text
+    text = summary(pd.concat([ONE_RUN, OTHER_RUN.assign(id_accuracy=0.6)]))
+    assert "ID accuracy 55.00 ± 7.07" in text and "2 checkpoints" in text
+    text = summary(ONE_RUN.assign(id_accuracy=float("nan")))
+    assert "accuracy" not in text and "nan" not in text, "the ID images have no labels"
+
+
+# The files
+
+DECISIONS = pd.DataFrame([decision("dogs", "CTW", 0.9, 0.6, 0.75)])
+MAIN_SETS = ["SUN", "iNaturalist", "places", "Texture"]
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
+    cats = write_images(root / "cats", *(f"{c}/{n}.png" for c in "ab" for n in range(8)))
+    sets = open_image_set("cats", cats), open_image_set("dogs", write_images(root / "dogs", "1.png", "2.png"))
+    return {s.name: set_scores(s, {m: rng.random(len(s)) for m in ("MSP", "ATD")}) for s in sets}
+
+
+def report(folder, scores, results=ONE_RUN, **options):
+    """Write a report of these results; the scores of "dogs" stand for those of every OOD set."""
+    names = results["ood_set"].unique()
+    sets = {name: replace(scores["dogs"], images=replace(scores["dogs"].images, name=name)) for name in names}
+    write_report(folder, Evaluation(results, DECISIONS, {"cats": scores["cats"]} | sets, ["a", "b"]), **options)
+
+
+def text_of(path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_files_of_a_report(tmp_path, scores, no_figures):
+    folder = tmp_path / "run"
+    for _ in range(2):  # a report may be written again
+        report(folder, scores)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    images = [f"figures/{name}.png" for name in ("bars", "histograms", "roc", "samples")]
+    assert files == ["decisions.csv", *images, "report.html", "results.csv", "results.md", "results.tex"]
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "results.csv"), ONE_RUN)
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "decisions.csv"), DECISIONS)
+    decisions = f"Threshold-free decisions, in percent of the images.\n\n{markdown(decisions_table(DECISIONS))}"
+    assert text_of(folder / "results.md") == f"{summary(ONE_RUN)}\n{decisions}"
+
+
+def test_joined_evaluations_make_one_report(tmp_path, scores, no_figures):
+    results = [run[run["ood_set"] == "dogs"] for run in (ONE_RUN, OTHER_RUN)]
+    write_report(tmp_path, join([Evaluation(run, DECISIONS, scores, ["a", "b"]) for run in results]))
+    assert "over 2 checkpoints" in text_of(tmp_path / "results.md")
+    assert "are those of the first checkpoint" in text_of(tmp_path / "report.html")
+
+
+def test_unreadable_images_are_named(tmp_path, scores, no_figures):
+    images = scores["cats"].images.without([3])
+    rest = {method: values[: len(images)] for method, values in scores["cats"].scores.items()}
+    report(tmp_path, scores | {"cats": set_scores(images, rest)})
+    for name in ("results.md", "report.html"):
+        text = text_of(tmp_path / name)
+        assert "1 of 16 in cats" in text and str(images.left_out[0]) in text
+
+
+def test_intervals_on_request(tmp_path, scores, no_figures):
+    report(tmp_path, scores, TWO_RUNS, bootstrap=50)
+    intervals = pd.read_csv(tmp_path / "intervals.csv")
+    assert intervals[["ood_set", "method", "metric"]].value_counts().tolist() == [1] * 8
+    expected = bootstrap_interval(scores["cats"].scores["ATD"], scores["dogs"].scores["ATD"], "FPR95", 50, 0)
+    row = intervals.query("ood_set == 'owls' and method == 'ATD' and metric == 'FPR95'")
+    assert row[["low", "high"]].to_numpy()[0] == pytest.approx(expected)
+    for name in ("results.md", "report.html"):
+        text = text_of(tmp_path / name)
+        assert "50 bootstrap draws" in text and "of the first checkpoint" in text
+        assert "{:.2f} – {:.2f}".format(*np.multiply(expected, 100)) in text
+    pd.testing.assert_frame_equal(bootstrap_intervals(scores, 50), bootstrap_intervals(scores, 50))
+    report(tmp_path, scores, TWO_RUNS)
+    assert not (tmp_path / "intervals.csv").exists(), "no intervals of other results are left"
 
 
 def latex(folder) -> list[list[str]]:
     """The rows of the table's body, cell by cell."""
-    body = (folder / "results.tex").read_text(encoding="utf-8").split(r"\midrule", 1)[1].split(r"\bottomrule")[0]
+    body = text_of(folder / "results.tex").split(r"\midrule", 1)[1].split(r"\bottomrule")[0]
     lines = [line.removesuffix(r" \\") for line in body.strip().splitlines() if "midrule" not in line]
     return [line.split(" & ") for line in lines]
 
 
-def test_latex_has_the_papers_columns(tmp_path, material, undrawn):
-    results = pd.DataFrame(ONE_RUN + OTHER_RUN).assign(ood_set=lambda rows: rows["ood_set"].replace("dogs", "d_o&g%"))
-    found = _named(material, ["d_o&g%", "owls"])
-    write_report(tmp_path, results, DECISIONS, found, ["a", "b"])
-    text = (tmp_path / "results.tex").read_text(encoding="utf-8")
-    groups = [r"\multicolumn{2}{c}{d\_o\&g\%}", r"\multicolumn{2}{c}{owls}", r"\multicolumn{2}{c}{average}"]
-    assert " & ".join(groups) in text
+def test_latex_has_the_papers_columns(tmp_path, scores, no_figures):
+    results = TWO_RUNS.replace("dogs", "d_o&g%")
+    report(tmp_path, scores, results)
+    text = text_of(tmp_path / "results.tex")
+    groups = [r"\multicolumn{2}{c}{d\_o\&g\%}", r"\multicolumn{2}{c}{owls}", r"\multicolumn{2}{c}{average}", "ID"]
+    assert " & ".join(["", *groups]) in text and "Reported" not in text
     assert r"\cmidrule(lr){2-3} \cmidrule(lr){4-5} \cmidrule(lr){6-7} \cmidrule(lr){8-8}" in text
-    assert r"method & FPR95 $\downarrow$ & AUROC $\uparrow$" in text and "Reported" not in text
-    assert latex(tmp_path)[0] == [
-        "MSP",
-        r"30.00 $\pm$ 7.07",
-        r"80.00 $\pm$ 14.14",
-        r"50.00 $\pm$ 0.00",
-        r"90.00 $\pm$ 14.14",
-        r"40.00 $\pm$ 3.54",
-        r"85.00 $\pm$ 0.00",
-        r"50.00 $\pm$ 0.00",
-    ]
-    write_report(tmp_path, results.assign(id_accuracy=float("nan")), DECISIONS, found, ["a", "b"])
+    assert r"method & FPR95 $\downarrow$ & AUROC $\uparrow$" in text
+    numbers = ["30.00 7.07", "80.00 14.14", "50.00 0.00", "90.00 14.14", "40.00 3.54", "85.00 0.00", "50.00 0.00"]
+    assert latex(tmp_path)[0] == ["MSP", *(number.replace(" ", r" $\pm$ ") for number in numbers)]
+    report(tmp_path, scores, results.assign(id_accuracy=float("nan")))
     assert len(latex(tmp_path)[0]) == 7, "no accuracy is known"
 
 
-@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
-def test_latex_compiles(tmp_path, material, undrawn):
-    found = _named(material, ["iNaturalist_{}^~", "SUN#$"])
-    write_report(tmp_path, judged(found, "50 % \\cats"), DECISIONS, found, ["a", "b"])
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_latex_compiles(tmp_path, scores, no_figures):
+    results = ONE_RUN.replace({"dogs": "iNaturalist_{}^~", "owls": "SUN#$", "cats": "50 % \\cats"})
+    report(tmp_path, scores, results)
     head = r"\documentclass{article}\usepackage{booktabs,graphicx,url}\begin{document}\input{results.tex}\end{document}"
     (tmp_path / "page.tex").write_text(head)
     command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "page.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout[-2000:]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stdout[-2000:]
 
 
-# Published figures
-
-MAIN_SETS = ["SUN", "iNaturalist", "places", "Texture"]
-
-
-def test_published_figures_stand_in_a_block_of_their_own(tmp_path, material, undrawn):
-    rows = [result(name, "ATD", 0.9, 0.25) | {"id_set": "ImageNet-1K"} for name in [*MAIN_SETS, "NINCO"]]
-    write_report(tmp_path, pd.DataFrame(rows[:4]), DECISIONS, _named(material, MAIN_SETS), ["a", "b"])
-    measured, others = (tmp_path / "results.md").read_text(encoding="utf-8").split("Reported by others, not measured")
-    assert "96.20" in others and "github.com/xmed-lab/CLIPN" in others and "96.20" not in measured
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert (
-        page.index("Reported by others") < page.index("96.20") < page.index('href="https://github.com/xmed-lab/CLIPN')
+def test_published_results_are_a_block_of_their_own(tmp_path, scores, no_figures):
+    results = pd.DataFrame(
+        [result(name, "ATD", 0.9, 0.25) | {"id_set": "ImageNet-1K"} for name in [*MAIN_SETS, "NINCO"]]
     )
-    mine, label, *theirs = latex(tmp_path)
-    assert mine[0] == "ATD" and "Reported by others" in label[0]
-    assert theirs[1][:3] == ["ATD", "25.69", "94.18"] and theirs[1][-3:] == ["29.46", "93.45", "--"]
-    write_report(tmp_path, pd.DataFrame(rows), DECISIONS, _named(material, [*MAIN_SETS, "NINCO"]), ["a", "b"])
-    assert latex(tmp_path)[3][-5:] == ["--"] * 5, "no figure for NINCO, so no average with it"
-
-
-def _named(material, names):
-    """The material's ID set, and its other images under these names."""
-    inside, *outside = material.values()
-    renamed = {
-        name: replace(outside[n % 2], images=replace(outside[n % 2].images, name=name)) for n, name in enumerate(names)
-    }
-    return {"cats": inside} | renamed
-
-
-# Confidence intervals
-
-
-def test_intervals_on_request(tmp_path, material, undrawn):
-    results = judged(material, seeds=(0, 1))
-    write_report(tmp_path, results, DECISIONS, material, ["a", "b"], bootstrap=50)
-    intervals = pd.read_csv(tmp_path / "intervals.csv")
-    assert len(intervals) == 2 * 4 * 2 and ((intervals["low"] >= 0) & (intervals["high"] <= 1)).all()
-    low, high = bootstrap_interval(material["cats"].scores["CTW"], material["dogs"].scores["CTW"], "FPR95", 50, 0)
-    for name in ("results.md", "report.html"):
-        text = (tmp_path / name).read_text(encoding="utf-8")
-        assert "50 bootstrap draws" in text and "of the first checkpoint" in text
-        assert f"{100 * low:.2f} – {100 * high:.2f}" in text
-    again = bootstrap_intervals(material, 50)
-    assert np.allclose(again[["low", "high"]], intervals[["low", "high"]]), "seeded"
-    write_report(tmp_path, results, DECISIONS, material, ["a", "b"])
-    assert not (tmp_path / "intervals.csv").exists(), "no intervals of other numbers are left"
+    report(tmp_path, scores, results[:4])
+    measured, published = text_of(tmp_path / "results.md").split("Reported by others, not measured")
+    assert "96.20" in published and "github.com/xmed-lab/CLIPN" in published and "96.20" not in measured
+    page = text_of(tmp_path / "report.html")
+    places = ["Reported by others", "96.20", 'href="https://github.com/xmed-lab/CLIPN', "quoted by"]
+    assert [page.index(text) for text in places] == sorted(page.index(text) for text in places)
+    own, label, *published = latex(tmp_path)
+    assert own[0] == "ATD" and "Reported by others" in label[0]
+    assert published[1][:3] == ["ATD", "25.69", "94.18"] and published[1][-3:] == ["29.46", "93.45", "--"]
+    report(tmp_path, scores, results)
+    assert latex(tmp_path)[3][-5:] == ["--"] * 5, "no result for NINCO, so no average with it"

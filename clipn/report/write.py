@@ -44,7 +44,7 @@ def write_report(folder: Path, evaluation: Evaluation, bootstrap: int = 0) -> No
     bootstrap: the number of bootstrap draws for confidence intervals (a table of their own, and intervals.csv);
     0 leaves them out.
     """
-    results, decisions, set_scores, class_names = evaluation
+    results, decisions, set_scores = evaluation.results, evaluation.decisions, evaluation.set_scores
     several_checkpoints = bool(tables.run_number(results).any())
     image_sets = [of_set.images for of_set in set_scores.values()]
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def write_report(folder: Path, evaluation: Evaluation, bootstrap: int = 0) -> No
         method=method,
         fpr95=results[results["method"] == method].groupby("ood_set")["FPR95"].first().to_dict(),
         set_scores=[*ood_sets, id_set],
-        class_names=class_names,
+        class_names=evaluation.class_names,
     )
 
 
