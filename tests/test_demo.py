@@ -223,3 +223,21 @@ def test_an_impossible_port_or_host_is_an_error():
         app.free_port("127.0.0.1", 65536)
     with pytest.raises(OSError, match="host='203.0.113.1', port=0"):  # an address reserved for documentation
         app.free_port("203.0.113.1", 0)
+
+
+@with_gradio
+def test_an_ipv6_host_is_served():
+    import gradio
+
+    from clipn.demo.page import start
+
+    try:
+        port = app.free_port("::1", 0)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with gradio.Blocks(analytics_enabled=False) as page:
+        pass
+    try:
+        assert start(page, "::1", port) == f"http://[::1]:{port}/"
+    finally:
+        page.close(verbose=False)

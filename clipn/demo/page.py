@@ -73,7 +73,7 @@ def build_page(detector: Detector, examples: dict[str, list[Path]], class_names:
 def start(page: gr.Blocks, host: str, port: int, open_browser: bool = False) -> str:
     """Serve the page in the background and return its address."""
     page.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
         inbrowser=open_browser,
         prevent_thread_lock=True,
