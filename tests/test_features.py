@@ -3,10 +3,10 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +16,17 @@ import torch
 from conftest import architecture, write_clipn
 from helpers import files, write_images, write_shard
 from PIL import Image
-from test_train import ROOT, assert_same, weights
+from test_train import assert_same, weights
 
 import clipn.runtime.files
 import clipn.runtime.signals
 from clipn.config.loading import load_config
 from clipn.data.pairs import open_pairs, pair_dataset
 from clipn.features.pairs import count_causes, pair_features
+from clipn.features.store import FeatureStore
 from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN, create_model_and_transforms
+from clipn.runtime.distributed import choose_device, process_group, rank
 from clipn.training.loop import train
 
 NEAR = {"rtol": 2e-4, "atol": 2e-5}
@@ -32,37 +34,54 @@ FROM_FEATURES = ["data.source=features", "features.dtype=float32"]
 
 
 def samples(count: int, broken=()) -> dict[str, dict[str, bytes]]:
-    """Samples for `write_shard`: noise, so that every crop is another one, and captions of many lengths."""
-    found = {}
+    """Samples for `write_shard`: noise, so that every crop differs, and captions of many lengths."""
+    made = {}
     for n in range(count):
         pixels = np.random.default_rng(n).integers(0, 256, (6, 8, 3), dtype=np.uint8)
         stream = io.BytesIO()
         Image.fromarray(pixels).resize((40, 30)).save(stream, "PNG")
         image = stream.getvalue()[: 40 if n in broken else None]
-        found[f"{n:05d}"] = {"png": image, "txt": " ".join(["cat", "dog", "owl"][: n % 3 + 1] + [str(n)]).encode()}
-    return found
+        made[f"{n:05d}"] = {"png": image, "txt": " ".join(["cat", "dog", "owl"][: n % 3 + 1] + [str(n)]).encode()}
+    return made
+
+
+def make_settings(folder):
+    """Write pairs, model and config of 2 epochs x 3 steps of 6 of 20 pairs; returns (key=value ...) -> config."""
+    write_shard(folder / "pairs.tar", samples(20))
+    (folder / "model.json").write_text(json.dumps(architecture()))
+    write_clipn(folder / "clipn.pt")
+    (folder / "config.yaml").write_text(
+        f"""
+run: {{dir: {folder}/run, device: cpu}}
+model: {{name: {folder}/model.json, pretrained: {folder}/clipn.pt}}
+data: {{shards: {folder}/pairs.tar, workers: 0, index_dir: {folder}/index, crop_scale: [0.3, 1.0], flip: 0.5}}
+features: {{dir: {folder}/features, part_size: 4, batch_size: 3}}
+train: {{epochs: 2, batch_size: 6, precision: fp32, log_every_steps: 1, lr: 1e-3, eps: 1e-2}}
+"""
+    )
+    return lambda *overrides: load_config(folder / "config.yaml", overrides)
 
 
 @pytest.fixture
 def settings(tmp_path):
-    """(words) -> the config of 2 epochs x 3 steps of 6 of 20 pairs; features are kept 4 to a part."""
-    write_shard(tmp_path / "pairs.tar", samples(20))
-    (tmp_path / "model.json").write_text(json.dumps(architecture()))
-    write_clipn(tmp_path / "clipn.pt")
-    (tmp_path / "config.yaml").write_text(
-        f"""
-run: {{dir: {tmp_path}/run, device: cpu}}
-model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clipn.pt}}
-data: {{shards: {tmp_path}/pairs.tar, workers: 0, index_dir: {tmp_path}/index, crop_scale: [0.3, 1.0], flip: 0.5}}
-features: {{dir: {tmp_path}/features, part_size: 4, batch_size: 3}}
-train: {{epochs: 2, batch_size: 6, precision: fp32, log_every_steps: 1, lr: 1e-3, eps: 1e-2}}
-"""
-    )
-    return lambda *words: load_config(tmp_path / "config.yaml", words)
+    return make_settings(tmp_path)
 
 
-def parts_of(config):
-    """What `pair_features` takes of a config: the model, the tokenizer, and the pairs if any are named."""
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A folder with complete features, and other models and shards, for tests that change nothing; and its settings."""
+    folder = tmp_path_factory.mktemp("filled")
+    settings = make_settings(folder)
+    features_of(settings())
+    write_clipn(folder / "other.pt", base_seed=7)
+    write_clipn(folder / "gelu.pt", quick_gelu=True)
+    (folder / "gelu.json").write_text(json.dumps(architecture(quick_gelu=True)))
+    write_shard(folder / "more.tar", samples(21))
+    return folder, settings
+
+
+def inputs_of(config):
+    """The model, tokenizer and pairs that a config names."""
     settings = config.model
     model, _, _ = create_model_and_transforms(
         settings.name, settings.pretrained, settings.num_prompts, "cpu", settings.image_mean, settings.image_std
@@ -71,18 +90,18 @@ def parts_of(config):
 
 
 def features_of(config):
-    return pair_features(config, *parts_of(config))
+    return pair_features(config, *inputs_of(config))
 
 
 def metrics(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def numbers(config, *names) -> list[float]:
+def logged(config, *names) -> list[float]:
     return [line[name] for line in metrics(config) for name in names]
 
 
-def stored(folder) -> dict[str, bytes]:
+def part_bytes(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(Path(folder).rglob("part_*"))}
 
 
@@ -97,31 +116,24 @@ def test_training_from_features_is_training_from_pairs(settings, tmp_path, num_p
     stored = settings(*more, *FROM_FEATURES, "features.views=2")
     assert_same(weights(train(online)), weights(train(stored)), **NEAR)
     names = ("loss", "itbo_yes", "itbo_no", "tso", "grad_norm")
-    assert numbers(stored, *names) == pytest.approx(numbers(online, *names), rel=1e-4)
-    one_view = settings(*more, *FROM_FEATURES, f"run.dir={tmp_path}/one", f"features.dir={tmp_path}/one")
-    train(one_view)
-    first, second = numbers(one_view, "loss")[:3], numbers(one_view, "loss")[3:]
-    assert first == pytest.approx(numbers(online, "loss")[:3], rel=1e-4)
-    assert second != pytest.approx(numbers(online, "loss")[3:], rel=1e-4), "the second epoch has other crops"
-
-
-def test_half_precision_features_are_near(settings, tmp_path):
-    online, half = settings(f"run.dir={tmp_path}/online"), settings("data.source=features", "features.views=2")
-    train(online), train(half)
-    assert numbers(half, "loss") == pytest.approx(numbers(online, "loss"), rel=1e-2)
+    assert logged(stored, *names) == pytest.approx(logged(online, *names), rel=1e-3)
+    half = settings(*more, "data.source=features", f"run.dir={tmp_path}/half", f"features.dir={tmp_path}/half")
+    train(half)  # with one view
     assert features_of(half).batch([(0, 0)])["image_features"].dtype == torch.float16
+    assert logged(half, "loss")[:3] == pytest.approx(logged(online, "loss")[:3], rel=2e-3)
+    assert logged(half, "loss")[3:] != pytest.approx(logged(online, "loss")[3:], rel=2e-3), "it repeats the crops"
 
 
 @pytest.mark.parametrize("part_size", [3, 100])
 @pytest.mark.parametrize("text", [{}, {"no_causal_mask": True}])
-def test_every_row_comes_back_whatever_its_part(settings, tmp_path, part_size, text):
+def test_every_row_is_found_in_its_part(settings, tmp_path, part_size, text):
     (tmp_path / "model.json").write_text(json.dumps(architecture(text=text)))
     write_clipn(tmp_path / "clipn.pt", 0, text=text)
     more = ["model.num_prompts=0", "features.views=2", "features.seed=3", *FROM_FEATURES]
     config = settings(*more, f"features.part_size={part_size}", "data.caption_templates=['a {}','{}, a nice one']")
-    model, tokenizer, pairs = parts_of(config)
+    model, tokenizer, pairs = inputs_of(config)
 
-    def padded(texts):  # what stands behind the end token matters to a tower that looks ahead
+    def padded(texts):  # a tower without causal mask reads the tokens behind the end token
         tokens = tokenizer(texts)
         return torch.where(tokens == 0, 7, tokens) if text else tokens
 
@@ -137,60 +149,65 @@ def test_every_row_comes_back_whatever_its_part(settings, tmp_path, part_size, t
         with torch.no_grad():
             image = model.encode_image(torch.stack([sample["image"] for sample in expected]))
             yes = model.encode_text(torch.stack([sample["tokens"] for sample in expected]))
-        torch.testing.assert_close(batch["image_features"], image, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(batch["yes_features"], yes, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(batch["image_features"], image, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(batch["yes_features"], yes, rtol=1e-4, atol=1e-5)
     assert not torch.equal(batches[0]["image_features"], batches[1]["image_features"])
     assert not torch.equal(batches[0]["no_tokens"], batches[0]["tokens"])
 
 
-def test_two_ranks_fill_one_store_and_train_as_one_process(settings, tmp_path):
-    alone = settings(*FROM_FEATURES, f"run.dir={tmp_path}/alone", f"features.dir={tmp_path}/alone/features")
-    train(alone)
-    (tmp_path / "ranks.py").write_text(
-        """
-import sys
-from clipn.config.loading import load_config
-from clipn.runtime.distributed import choose_device, process_group, rank
-from clipn.features.store import FeatureStore
-from clipn.training.loop import train
+def test_two_ranks_fill_one_store_and_train_as_one_process(settings, tmp_path, monkeypatch):
+    single = settings(*FROM_FEATURES, f"run.dir={tmp_path}/single", f"features.dir={tmp_path}/single/features")
+    train(single)
+    write = FeatureStore.write
 
-def write(self, part, tensors, write=FeatureStore.write):
-    (self.folder.parent / f"written_{part}_by_{rank()}").touch(exist_ok=False)
-    write(self, part, tensors)
+    def record(self, part, columns):
+        (self.folder.parent / f"written_{part}_by_{rank()}").touch(exist_ok=False)
+        write(self, part, columns)
 
-FeatureStore.write = write
-with process_group(choose_device("cpu")):
-    train(load_config(sys.argv[1], sys.argv[2:]))
-"""
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = [tmp_path / "ranks.py", tmp_path / "config.yaml", *FROM_FEATURES, "train.micro_batch_size=2"]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(FeatureStore, "write", record)
+    config = settings(*FROM_FEATURES, "train.micro_batch_size=2")
+    run_on_ranks(2, lambda: train(config))
     notes = [name for name in files(tmp_path / "features") if name.startswith("written")]
     assert notes == [f"written_{part}_by_{part % 2}" for part in range(5)]
-    assert stored(tmp_path / "features") == stored(tmp_path / "alone/features")
+    assert part_bytes(tmp_path / "features") == part_bytes(tmp_path / "single/features")
     assert_same(
-        weights(f"{tmp_path}/alone/checkpoints/last.pt"), weights(f"{tmp_path}/run/checkpoints/last.pt"), **NEAR
+        weights(f"{tmp_path}/single/checkpoints/last.pt"), weights(f"{tmp_path}/run/checkpoints/last.pt"), **NEAR
     )
-    assert numbers(settings(), "loss") == pytest.approx(numbers(alone, "loss"), rel=1e-4)
+    assert logged(config, "loss") == pytest.approx(logged(single, "loss"), rel=1e-4)
+
+
+def run_on_ranks(ranks: int, function) -> None:
+    """Call a function in forked processes that form one process group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(number: int) -> None:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
+        with process_group(choose_device("cpu")):
+            function()
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(number,)) for number in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in processes] == ranks * [0]
 
 
 def test_unreadable_pairs_are_left_out_and_counted(settings, tmp_path, caplog):
     broken = {2, 3, 9}  # a whole part, and one in another
     write_shard(tmp_path / "pairs.tar", samples(20, broken) | {"x": samples(1)["00000"] | {"txt": b" "}})
     config = settings(*FROM_FEATURES, "features.part_size=2", "data.max_bad_fraction=0.2")
-    features = features_of(config)
+    model, tokenizer, pairs = inputs_of(config)
+    features = pair_features(config, model, tokenizer, pairs)
     assert len(features) == 17 and count_causes(features.skipped) == {"empty caption": 1, "broken image": 3}
     assert features.skipped[:, 0].tolist() == [2, 3, 9, 20] and caplog.text.count("skipped") == 4
-    assert features.batch([(0, row) for row in range(17)])["number"].tolist() == [
-        n for n in range(20) if n not in broken
-    ]
-    _, tokenizer, pairs = parts_of(config)
-    readable = [n for n in range(20) if n not in broken]
-    expected = tokenizer([pairs[n].caption for n in readable])
-    assert torch.equal(features.batch([(0, row) for row in range(17)])["tokens"], expected)
+    readable, batch = [n for n in range(20) if n not in broken], features.batch([(0, row) for row in range(17)])
+    assert batch["number"].tolist() == readable
+    assert torch.equal(batch["tokens"], tokenizer([pairs[n].caption for n in readable]))
     train(config)
     assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4]
 
@@ -223,7 +240,7 @@ def test_a_killed_run_encodes_only_the_parts_that_are_not_there(settings, tmp_pa
     assert files(tmp_path / "features") == ["manifest.json", "part_00000.safetensors", "part_00001.safetensors"]
     encoded.clear()
     assert_same(weights(train(config)), weights(f"{tmp_path}/straight/checkpoints/last.pt"))
-    assert sum(encoded) == 12 and stored(tmp_path / "features") == stored(tmp_path / "straight/features")
+    assert sum(encoded) == 12 and part_bytes(tmp_path / "features") == part_bytes(tmp_path / "straight/features")
     encoded.clear()
     train(settings(*FROM_FEATURES, f"run.dir={tmp_path}/again", "run.seed=1"))
     assert encoded == []
@@ -231,7 +248,7 @@ def test_a_killed_run_encodes_only_the_parts_that_are_not_there(settings, tmp_pa
 
 def test_a_full_disk_leaves_no_broken_part(settings, tmp_path, monkeypatch):
     config, synced, fsync = settings(), [], os.fsync
-    parts = parts_of(config)
+    parts = inputs_of(config)
 
     def full(descriptor):
         synced.append(descriptor)
@@ -247,7 +264,7 @@ def test_a_full_disk_leaves_no_broken_part(settings, tmp_path, monkeypatch):
     assert len(features_of(config)) == 20
 
 
-def test_too_little_space_is_told_before_any_work(settings, tmp_path, monkeypatch, encoded):
+def test_too_little_space_is_reported_before_any_work(settings, tmp_path, monkeypatch, encoded):
     one_pair = 32 * (1 + 1) * 2  # float16, an image and a text
     free = SimpleNamespace(free=20 * one_pair - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
@@ -256,23 +273,25 @@ def test_too_little_space_is_told_before_any_work(settings, tmp_path, monkeypatc
     assert encoded == []
     free.free += 1
     assert len(features_of(settings())) == 20
-    free.free = 4 * one_pair  # room for what is missing is enough
+    free.free = 4 * one_pair  # space for the missing part is enough
     os.remove(tmp_path / "features/pairs/part_00002.safetensors")
     assert len(features_of(settings())) == 20
 
 
 @pytest.mark.parametrize("size", [0, 5, 200, -1])
-def test_a_damaged_part_is_named(settings, tmp_path, size):
-    features_of(settings())
+def test_a_damaged_part_is_named(filled, tmp_path, size):
+    folder, settings = filled
+    shutil.copytree(folder / "features", tmp_path / "features")
     file = tmp_path / "features/pairs/part_00003.safetensors"
     file.write_bytes(file.read_bytes()[:size])
+    config = settings(f"features.dir={tmp_path}/features")
     with pytest.raises(ValueError, match=r"part_00003\.safetensors: not a whole feature file.*delete it"):
-        features_of(settings())
+        features_of(config)
     file.unlink()
-    assert len(features_of(settings())) == 20
+    assert len(features_of(config)) == 20
 
 
-def test_a_signal_that_a_fork_swallowed_is_heeded_at_the_next_batch(settings, monkeypatch):
+def test_a_signal_that_a_fork_lost_stops_before_the_next_batch(settings, monkeypatch):
     monkeypatch.setattr(clipn.runtime.signals, "_asked", [15])
     with pytest.raises(KeyboardInterrupt):
         features_of(settings())
@@ -280,7 +299,7 @@ def test_a_signal_that_a_fork_swallowed_is_heeded_at_the_next_batch(settings, mo
     assert len(features_of(settings())) == 20
 
 
-def test_an_outage_is_not_kept(settings, tmp_path):
+def test_pairs_of_an_outage_are_not_kept(settings, tmp_path):
     folder = tmp_path / "images"
     write_images(folder, *(f"{n}.png" for n in range(20)))
     rows = "".join(f"images/{n}.png,caption {n}\n" for n in range(20))
@@ -295,10 +314,11 @@ def test_an_outage_is_not_kept(settings, tmp_path):
     assert len(features_of(config)) == 20
 
 
-def test_parts_of_another_size_serve_as_well(settings):
-    whole = features_of(settings("features.part_size=20")).batch([(0, row) for row in range(20)])
-    again = features_of(settings("features.part_size=3")).batch([(0, row) for row in range(20)])
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+def test_a_folder_keeps_its_part_size(filled):
+    _, settings = filled
+    first, again = (features_of(settings(f"features.part_size={size}")) for size in (4, 3))
+    rows = [(0, row) for row in range(20)]
+    assert all(torch.equal(value, again.batch(rows)[name]) for name, value in first.batch(rows).items())
 
 
 # A folder of other features
@@ -321,19 +341,15 @@ def test_parts_of_another_size_serve_as_well(settings):
         (["data.shards={}/more.tar"], r"pairs: '\w+' there, '\w+' now; samples: 20 there, 21 now"),
     ],
 )
-def test_features_of_something_else_are_refused(settings, tmp_path, words, change):
-    write_clipn(tmp_path / "other.pt", base_seed=7)
-    write_clipn(tmp_path / "gelu.pt", quick_gelu=True)
-    (tmp_path / "gelu.json").write_text(json.dumps(architecture(quick_gelu=True)))
-    write_shard(tmp_path / "more.tar", samples(21))
-    features_of(settings())
-    before = stored(tmp_path / "features")
+def test_features_of_something_else_are_refused(filled, words, change):
+    folder, settings = filled
+    before = part_bytes(folder / "features")
     with pytest.raises(ValueError, match=rf"features of something else: .*{change}.* Choose another features\.dir"):
-        features_of(settings(*(word.format(tmp_path) for word in words)))
-    assert stored(tmp_path / "features") == before
+        features_of(settings(*(word.format(folder) for word in words)))
+    assert part_bytes(folder / "features") == before
 
 
-def test_features_of_shards_that_were_written_anew_are_refused(settings, tmp_path):
+def test_features_of_rewritten_shards_are_refused(settings, tmp_path):
     path = tmp_path / "pairs.tar"
     features_of(settings())
     size = path.stat().st_size
@@ -343,7 +359,7 @@ def test_features_of_shards_that_were_written_anew_are_refused(settings, tmp_pat
         features_of(settings())
 
 
-def test_features_serve_without_their_pairs(settings, tmp_path):
+def test_features_can_be_used_without_their_pairs(settings, tmp_path):
     last = train(settings(*FROM_FEATURES))
     os.remove(tmp_path / "pairs.tar")
     shutil.copy(tmp_path / "model.json", tmp_path / "moved.json")
