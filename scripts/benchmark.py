@@ -1,15 +1,15 @@
 """Time CLIPN's training step and inference: python scripts/benchmark.py [--model ViT-B-16] [--batch-size 32] ...
 
-Modes: plain     every tower over all 77 positions, and a loss of two logits, in every step: the method as it stands
+Modes: plain     the method without optimisations: every tower over all 77 positions, and a loss of two logits per pair
        online    the step of data.source=pairs, without reading the pairs
        features  the step of data.source=features
        extract   encoding pairs for data.source=features, from memory
-       evaluate  encoding images for zero_shot_infer.py, from memory
+       evaluate  encoding images for `clipn eval`, from memory
        rescore   every score of 90 000 image features and 1 000 classes
 
-Models have random weights, images and captions are random; a caption's length is drawn as CC3M's are spread (mean 12
-tokens with the two end tokens). After a warm-up the modes take turns; shown are medians, and ratios to plain.
-Utilisation is the model's arithmetic, as torch counts it, against a large matrix product on the same device.
+Models have random weights; images and captions are random, with caption lengths distributed as in CC3M (mean 12 tokens
+with the start and end tokens). The modes run in turn after a warm-up. Printed are medians, and ratios to plain.
+Utilisation is the model's FLOPs, as torch counts them, relative to a large matrix product on the same device.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CC3M_PAIRS, RESCORED_IMAGES, RESCORED_CLASSES = 2_891_445, 90_000, 1000
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Run the command; see the module's text. Returns what --json writes."""
+    """Run the command; see the module's docstring. Returns the content of --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--model", default="ViT-B-16", help="an open_clip name, or a JSON model config")
@@ -80,13 +80,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if "rescore" in arguments.mode:
         results.append(rescore(device, arguments.rounds))
         print_row(results[-1])
-    report = {
-        "model": arguments.model,
-        "device": device_name(device),
-        "precision": precision,
-        "torch": torch.__version__,
-    }
-    report |= {"matmul_flops_per_s": peak, "results": results}
+    report = {"model": arguments.model, "device": device_name(device), "precision": precision}
+    report |= {"torch": torch.__version__, "matmul_flops_per_s": peak, "results": results}
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2))
         print(f"done: {arguments.json}")
@@ -96,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def measure(
     arguments: argparse.Namespace, device: torch.device, precision: str, batch_size: int, peak: float
 ) -> list[dict[str, Any]]:
-    """Every mode but rescore at one batch size."""
+    """Results of every mode except rescore at one batch size."""
     work = build_work(arguments, device, precision, batch_size)
     work = {mode: step for mode, step in work.items() if mode in arguments.mode}
     flops = {mode: count_flops(step) for mode, step in work.items()}  # a first warm-up
@@ -132,7 +127,7 @@ def measure(
 def build_work(
     arguments: argparse.Namespace, device: torch.device, precision: str, batch_size: int
 ) -> dict[str, Callable[[], None]]:
-    """What each mode does in a step, on one random batch."""
+    """The step of each mode, on one random batch."""
     train = TrainConfig(
         batch_size=batch_size,
         precision=precision,
@@ -149,7 +144,7 @@ def build_work(
     height, width = (size, size) if isinstance(size, int) else size
     images = torch.randn(batch_size, 3, height, width, device=device)
     tokens = random_captions(batch_size, context_length(objective.architecture), arguments.caption_length)
-    told = {"skipped": torch.zeros(1, len(CAUSES), dtype=torch.long), "number": torch.arange(batch_size)}
+    counters = {"skipped": torch.zeros(1, len(CAUSES), dtype=torch.long), "number": torch.arange(batch_size)}
     stored = {name: F.normalize(torch.randn(batch_size, dim, device=device), dim=-1).half() for name in ("f", "g")}
     features = {"image_features": stored["f"], "yes_features": stored["g"]}
     encode = pair_encoder(objective.model, precision, torch.float16)
@@ -165,8 +160,8 @@ def build_work(
 
     return {
         "plain": lambda: plain_step(objective, run.optimizer, precision, images, tokens.to(device)),
-        "online": lambda: run.take_step({"image": images, "tokens": tokens, **told}),
-        "features": lambda: run.take_step({**features, "tokens": tokens, **told}),
+        "online": lambda: run.take_step({"image": images, "tokens": tokens, **counters}),
+        "features": lambda: run.take_step({**features, "tokens": tokens, **counters}),
         "extract": extract,
         "evaluate": evaluate,
     }
@@ -175,7 +170,7 @@ def build_work(
 def plain_step(
     objective: ClipnObjective, optimizer: torch.optim.Optimizer, precision: str, images: Tensor, tokens: Tensor
 ) -> None:
-    """The method as it stands: nothing is kept, cut or reduced."""
+    """One training step of the method without optimisations."""
     model, no_text = objective.model, objective.model.no_text
     with autocast(images.device, precision):
         with torch.no_grad():
@@ -219,19 +214,19 @@ def rescore(device: torch.device, rounds: int) -> dict[str, Any]:
     )
     head = Head(yes, no).to(device)
     images = ImageSet("random", Path(), [], [], [])
-    found = [timed(lambda: score_features(head, images, features, list(SCORES)), device) for _ in range(rounds + 1)][1:]
+    timings = [timed(lambda: score_features(head, images, features, list(SCORES)), device) for _ in range(rounds + 1)]
     return {
         "mode": "rescore",
         "batch_size": RESCORED_IMAGES,
         "classes": RESCORED_CLASSES,
         "scores": list(SCORES),
-        "seconds": statistics.median(seconds for seconds, _ in found),
-        **found[-1][1],
+        "seconds": statistics.median(seconds for seconds, _ in timings[1:]),
+        **timings[-1][1],
     }
 
 
 def timed(step: Callable[[], Any], device: torch.device) -> tuple[float, dict[str, int]]:
-    """Seconds of a step, and memory at its peak and before it: of the GPU's tensors, or on Linux of the process."""
+    """Seconds of a step, and memory at its peak and before it: GPU tensors, or the whole process on Linux."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -267,7 +262,7 @@ def count_flops(step: Callable[[], Any]) -> int:
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:
-    """The FLOP/s of a large square matrix product: what this device can do at best."""
+    """FLOP/s of a large square matrix product: the upper limit of this device."""
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=DTYPES.get(precision)) for _ in range(2))
     seconds = [timed_alone(lambda: left @ right, device) for _ in range(6)][1:]

@@ -1,4 +1,4 @@
-"""scripts/benchmark.py: what it times and reports."""
+"""scripts/benchmark.py: timed modes and the report."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_every_mode_is_timed_and_written(small_config, tmp_path, capsys, monkeyp
     assert flops["features"] < flops["online"] < flops["plain"]
 
 
-def test_captions_have_the_length_that_is_asked_for():
+def test_captions_have_the_requested_length():
     tokens = benchmark.random_captions(1000, 77, None)
     ends = tokens.argmax(dim=1)
     assert (tokens[:, 0] == 49406).all() and (tokens.gather(1, ends[:, None]) == 49407).all()
