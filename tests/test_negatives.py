@@ -13,17 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clipn
-from clipn.methods.negatives import (
-    CSP,
-    NEGLABEL,
-    Negatives,
-    Words,
-    mine,
-    neglabel,
-    neglabel_clipn,
-    read_words,
-    save_negatives,
-)
+from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Words, mine, neglabel, read_words, save_negatives
 from clipn.scores import SCORES
 
 # Lines of WordNet's data files, with the licence's first lines and pointers that hold words' offsets
@@ -236,14 +226,14 @@ def test_scores_agree_with_a_plain_loop(groups, size, classes, images, seed):
         np.testing.assert_allclose(scores.numpy(), masses.sum(axis=2).mean(axis=1), rtol=1e-9, atol=1e-12)
         yes, no = head(features, scale)
         expected = (masses * torch.sigmoid(yes - no).numpy()[:, None]).sum(axis=2).mean(axis=1)
-        scores = neglabel_clipn(features, negatives, head, scale)
+        scores = neglabel(features, negatives, scale, head)
         np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_higher_means_in_distribution():
     negatives, _, _ = drawn(5, 4, 3, 1)
     certain = clipn.Head(negatives.labels, -negatives.labels)
-    for score in (lambda f: neglabel(f, negatives), lambda f: neglabel_clipn(f, negatives, certain)):
+    for score in (lambda f: neglabel(f, negatives), lambda f: neglabel(f, negatives, head=certain)):
         assert (score(negatives.labels) > 0.9).all() and (score(negatives.weights[:, 0]) < 0.9).all()
 
 
@@ -255,12 +245,12 @@ def test_with_clipn_and_far_negatives_it_is_atd():
     near = features[(features @ middle > 0) & ((features @ same.weight_yes.T).amax(1) > 0.3)]
     assert len(near)
     atd = SCORES["ATD"](*same(near, 100.0))
-    torch.testing.assert_close(neglabel_clipn(near, far, same), atd, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(neglabel(near, far, head=same), atd, rtol=1e-4, atol=1e-9)
 
 
 def test_huge_logits_and_another_number_of_classes():
     negatives, head, features = drawn(3, 2, 4, 5)
-    for score in (neglabel(features, negatives, 1e5), neglabel_clipn(features, negatives, head, 1e5)):
+    for score in (neglabel(features, negatives, 1e5), neglabel(features, negatives, 1e5, head)):
         assert score.isfinite().all() and (score >= 0).all() and (score <= 1).all()
     with pytest.raises(ValueError, match="negatives of 4 classes, a head of 3"):
-        neglabel_clipn(features, negatives, clipn.Head(head.weight_yes[:3], head.weight_no[:3]))
+        neglabel(features, negatives, head=clipn.Head(head.weight_yes[:3], head.weight_no[:3]))

@@ -27,8 +27,8 @@ _NEGLIGIBLE = 1e-12  # variances below this share of the features' mean square a
 def fit_knn(features: Tensor) -> Score:
     """Negative distance to the k-th nearest training image (Sun et al., ICML 2022).
 
-    k is M / IMAGES_PER_NEIGHBOUR, rounded, at least 1. This agrees with the paper for CIFAR-10 (50 of 50 000 images)
-    and ImageNet (1000, and 10 for a hundredth of it); for CIFAR-100 the paper has 200.
+    k is M / IMAGES_PER_NEIGHBOUR, rounded, at least 1: the paper's for CIFAR-10 (50 of 50 000) and for ImageNet (1000,
+    and 10 for a hundredth of it), but for CIFAR-100 the paper has 200.
     """
     _check_features(features, "kNN")
     k = max(1, round(len(features) / IMAGES_PER_NEIGHBOUR))
@@ -72,26 +72,20 @@ def fit_rmd(features: Tensor, labels: Tensor | None, num_classes: int) -> Score:
 
 
 def principal_dim(width: int) -> int:
-    """Dimensions of ViM's principal space for features of this width.
-
-    The released code has 1000 from a width of 2048 on, else 512. Below a width of 768 it is half of the width, as
-    OpenOOD has it for 512 features.
-    """
-    if width >= 2048:
-        return 1000
-    return 512 if width >= 768 else width // 2
+    """Dimensions of ViM's principal space: as in its code from a width of 768 on, half below, as in OpenOOD for 512."""
+    return 1000 if width >= 2048 else 512 if width >= 768 else width // 2
 
 
 def fit_vim(features: Tensor, weights: Tensor, scale: float) -> Score:
     """Energy minus the virtual logit: alpha times the length of the residual (Wang et al., CVPR 2022).
 
-    The logits are scale * features @ weights.T with class weights [C, D]. alpha is the absolute mean of the training
-    images' largest logit over their mean residual; absolute, because a base with negative cosines must not flip the
-    score. The paper's origin -pinv(W) b is 0, since these logits have no bias b. Raises ValueError as `fit_residual`.
+    weights: of the classes, [C, D]. alpha is the absolute mean of the training images' largest logit over their mean
+    residual; absolute, because a base with negative cosines must not flip the score. The paper's origin -pinv(W) b is
+    0, since the logits have no bias b. Raises ValueError as `fit_residual` does.
     """
     outside = _residual_space(features, "ViM")
     logits = _logits(weights.to(features.device), scale)
-    largest, lengths = 0.0, 0.0
+    largest = lengths = 0.0
     for block in features.split(_ROWS):
         largest += float(logits(block).amax(dim=1).sum())
         lengths += float((block.double() @ outside).norm(dim=1).sum())
@@ -152,12 +146,10 @@ def _check_labels(features: Tensor, labels: Tensor | None, num_classes: int, met
     if empty:
         numbers = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
         raise ValueError(f"{method}: {len(empty)} of {num_classes} classes have no training image: number {numbers}")
-    width = features.shape[1]
-    if len(features) < width + num_classes:
-        raise ValueError(
-            f"{method}: {len(features)} training images are too few: {num_classes} means and a covariance of "
-            f"{width} dimensions need at least {width + num_classes}"
-        )
+    count, width = features.shape
+    if count < width + num_classes:
+        need = f"{num_classes} means and a covariance of {width} dimensions need at least {width + num_classes}"
+        raise ValueError(f"{method}: {count} training images are too few: {need}")
     return labels.to(features.device).long()
 
 
@@ -209,8 +201,6 @@ def _residual_space(features: Tensor, method: str) -> Tensor:
     values, directions = torch.linalg.eigh(second_moment)  # the smallest first
     dim, rank = principal_dim(width), int((values > _NEGLIGIBLE * square).sum())
     if rank <= dim:
-        raise ValueError(
-            f"{method}: the {len(features)} training images are too few or too alike: their features span {rank} "
-            f"dimensions, and must span more than the {dim} of the principal space"
-        )
+        need = f"their features span {rank} dimensions, and must span more than the {dim} of the principal space"
+        raise ValueError(f"{method}: the {len(features)} training images are too few or too alike: {need}")
     return directions[:, : width - dim]

@@ -153,25 +153,21 @@ def mine(
     return Negatives([names[i] for i in order.tolist()], grouped, labels)
 
 
-def neglabel(image_features: Tensor, negatives: Negatives, scale: float = 100.0) -> Tensor:
-    """[B, D] -> [B]: the softmax mass on the classes, mean over groups of negatives (NegLabel; CSP with its pool)."""
-    classes = (scale * image_features @ negatives.labels.T).logsumexp(dim=1, keepdim=True)
-    words = (scale * image_features @ negatives.weights.flatten(0, 1).T).unflatten(1, negatives.weights.shape[:2])
-    return torch.sigmoid(classes - words.logsumexp(dim=2)).mean(dim=1)
+def neglabel(image_features: Tensor, negatives: Negatives, scale: float = 100.0, head: Head | None = None) -> Tensor:
+    """[B, D] -> [B]: the softmax mass on the classes, mean over groups of negatives (NegLabel; CSP with its pool).
 
-
-def neglabel_clipn(image_features: Tensor, negatives: Negatives, head: Head, scale: float = 100.0) -> Tensor:
-    """[B, D] -> [B]: p_yes times the softmax mass on each class, summed over classes, mean over groups of negatives.
-
-    An ablation of this project, not published: CLIPN's ATD with NegLabel's negatives in the softmax. p_yes comes from
-    the head's weights, the softmax from the labels of the negatives, in the same order of classes. Raises ValueError
-    for negatives of another number of classes.
+    With a head, the mass of each class is multiplied by its p_yes: CLIPN's ATD with NegLabel's negatives in the
+    softmax, an ablation of this project, not published. The head has the negatives' classes in the same order; another
+    number of them raises ValueError.
     """
+    classes = scale * image_features @ negatives.labels.T
+    words = (scale * image_features @ negatives.weights.flatten(0, 1).T).unflatten(1, negatives.weights.shape[:2])
+    mass = torch.sigmoid(classes.logsumexp(dim=1, keepdim=True) - words.logsumexp(dim=2)).mean(dim=1)
+    if head is None:
+        return mass
     if len(head.weight_yes) != len(negatives.labels):
         raise ValueError(f"negatives of {len(negatives.labels)} classes, a head of {len(head.weight_yes)}")
-    within = (scale * image_features @ negatives.labels.T).softmax(dim=1)
-    agreed = (p_yes(*head(image_features, scale)) * within).sum(dim=1)
-    return agreed * neglabel(image_features, negatives, scale)
+    return (p_yes(*head(image_features, scale)) * classes.softmax(dim=1)).sum(dim=1) * mass
 
 
 def save_negatives(negatives: Negatives, path: str | Path) -> None:

@@ -16,17 +16,7 @@ from torch import Tensor
 from clipn.config.schema import EvalConfig
 from clipn.methods.from_features import fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_rmd, fit_vim
 from clipn.methods.from_images import gl_mcm, odin
-from clipn.methods.negatives import (
-    CSP,
-    NEGLABEL,
-    Negatives,
-    Pool,
-    mine,
-    neglabel,
-    neglabel_clipn,
-    read_words,
-    save_negatives,
-)
+from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Pool, mine, neglabel, read_words, save_negatives
 from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head
@@ -76,9 +66,7 @@ def _mine(inputs: MethodInputs, pool: Pool) -> Negatives:
 def _against_words(pool: Pool, with_clipn: bool = False) -> Method:
     def make(inputs: MethodInputs) -> Score:
         negatives = inputs.once(f"negatives {pool.name}", lambda: _mine(inputs, pool))
-        if with_clipn:
-            return partial(neglabel_clipn, negatives=negatives, head=inputs.head, scale=inputs.scale)
-        return partial(neglabel, negatives=negatives, scale=inputs.scale)
+        return partial(neglabel, negatives=negatives, scale=inputs.scale, head=inputs.head if with_clipn else None)
 
     return Method("features", make, ("words",))
 
@@ -100,21 +88,24 @@ METHODS: dict[str, Method] = {
     "ODIN": Method("images", lambda x: partial(odin, x.model, x.head, scale=x.scale)),
 }
 METHOD_NAMES = (*SCORES, *METHODS)
+_SETTINGS = {
+    "train": "in-distribution training images: name them in eval.train",
+    "words": "candidate words: name a list or a WordNet folder in eval.words",
+}
 
 
 def check_methods(settings: EvalConfig) -> None:
-    """Raise ValueError or FileNotFoundError for an unknown method, and for one without what it needs from eval."""
+    """Raise ValueError or FileNotFoundError for an unknown method, and for one without what it needs from `eval`."""
     if len(set(settings.methods)) < len(settings.methods):
         raise ValueError(f"eval.methods={settings.methods}: a method is named twice")
     for method in settings.methods:
         if method not in METHOD_NAMES:
             raise ValueError(f"eval.methods: unknown score {method!r}; the scores are: {', '.join(METHOD_NAMES)}")
-    for method in methods_that_need("train", settings.methods):
-        if not settings.train:
-            raise ValueError(f"eval.methods: {method} needs in-distribution training images: name them in eval.train")
-    for method in methods_that_need("words", settings.methods):
-        if not settings.words:
-            raise ValueError(f"eval.methods: {method} needs candidate words: a list or WordNet folder in eval.words")
+    for key, description in _SETTINGS.items():
+        for method in methods_that_need(key, settings.methods):
+            if not getattr(settings, key):
+                raise ValueError(f"eval.methods: {method} needs {description}")
+    if methods_that_need("words", settings.methods):
         try:
             read_words(settings.words)
         except (FileNotFoundError, ValueError) as error:
