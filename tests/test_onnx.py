@@ -1,4 +1,4 @@
-"""The ONNX export against torch: small models, any batch, real photos."""
+"""The ONNX export against torch: small models, any batch size, real photos."""
 
 import json
 import sys
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import architecture, write_clipn
+from conftest import write_clipn
 from helpers import files, write_images
 
 import clipn
-from clipn import onnx_export
+from clipn.cli import main
 from clipn.data.images import open_image, val_transform
+from clipn.data.prompts import simple_templates
+from clipn.deploy import onnx as onnx_export
 from clipn.deploy.onnx import OUTPUTS, OnnxModel, compare, export_onnx
 from clipn.deploy.sharing import share_weights
 from clipn.model.weights import open_model
-from scripts import export
 
 for package in ("onnx", "onnxscript"):
     pytest.importorskip(package)
@@ -35,74 +36,80 @@ def head_of(model, names=NAMES):
     return clipn.build_head(model, clipn.get_tokenizer(model.architecture), names, ["a photo of a {}."])
 
 
-def torchs(model, head, images):
+def torch_outputs(model, head, images):
     with torch.no_grad():
         return OnnxModel(model, head)(images)
 
 
+def by_name(outputs):
+    return dict(zip(OUTPUTS, outputs, strict=True))
+
+
+def close(actual, expected, **tolerance):
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), **tolerance)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return open_model(write_clipn(tmp_path_factory.mktemp("model") / "a.pt"))
+
+
 @pytest.fixture(scope="module", params=[("vit", {}, 2), ("resnet", RESNET, 0)], ids=lambda param: param[0])
 def exported(request, tmp_path_factory):
-    """A model, its head, and the session of its file; the ResNet is the hand-crafted variant without prompts."""
+    """A model, its head, its file's session and torch's program; the ResNet is the hand-crafted variant."""
     name, vision, num_prompts = request.param
     folder = tmp_path_factory.mktemp(name)
-    write_clipn(folder / "a.pt", num_prompts=num_prompts, vision=vision)
-    model = open_model(folder / "a.pt")
+    model = open_model(write_clipn(folder / "a.pt", num_prompts=num_prompts, vision=vision))
     head = head_of(model)
-    found = export_onnx(model, head, NAMES, folder / "a.onnx", scale=100.0)
-    assert max(found.values()) < 1e-5 and files(folder) == ["a.onnx", "a.pt"]
-    return model, head, session_of(folder / "a.onnx")
+    programs, export = [], torch.onnx.export
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.onnx, "export", lambda *args, **options: programs.append(export(*args, **options)) or programs[0]
+        )
+        differences = export_onnx(model, head, NAMES, folder / "a.onnx", scale=100.0)
+    assert max(differences.values()) < 1e-5 and files(folder) == ["a.onnx", "a.pt"]
+    return model, head, session_of(folder / "a.onnx"), programs[0]
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_any_number_of_images_at_once(exported, batch):
-    model, head, session = exported
+def test_any_batch_size_gives_torchs_outputs_and_the_packages_scores(exported, batch):
+    model, head, session, _ = exported
     images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
-    for name, found, expected in zip(
-        OUTPUTS, session.run(None, {"images": images.numpy()}), torchs(model, head, images), strict=True
-    ):
-        assert found.shape == (expected.shape if name.startswith("logits") else (batch,)), name
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4, msg=name)
-
-
-def test_the_scores_are_those_of_the_package(exported):
-    model, head, session = exported
-    images = torch.randn(4, 3, 32, 32)
-    found = dict(zip(OUTPUTS, session.run(None, {"images": images.numpy()}), strict=True))
+    outputs = by_name(session.run(None, {"images": images.numpy()}))
+    for name, expected in by_name(torch_outputs(model, head, images)).items():
+        assert outputs[name].shape == (expected.shape if name.startswith("logits") else (batch,)), name
+        close(outputs[name], expected, rtol=1e-4, atol=1e-4, msg=name)
     logits = head(model.encode_image(images))
     for name in ("CTW", "ATD"):
-        expected = clipn.scores.SCORES[name](*logits).detach()
-        torch.testing.assert_close(torch.from_numpy(found[f"score_{name}"]), expected, rtol=1e-4, atol=1e-5)
+        close(outputs[f"score_{name}"], clipn.scores.SCORES[name](*logits).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_each_output_is_what_its_name_says(tmp_path):
-    model = open_model(write_clipn(tmp_path / "a.pt"))
+def test_each_output_is_what_its_name_says(model):
     image = torch.randn(1, 3, 32, 32)
     feature = model.encode_image(image).detach()
     head = clipn.Head(feature * torch.tensor([[0.99], [1.0], [1.0]]), 0.98 * feature.expand(3, -1))
-    found = dict(zip(OUTPUTS, torchs(model, head, image), strict=True))
-    torch.testing.assert_close(found["logits_yes"], torch.tensor([[99.0, 100.0, 100.0]]))
-    torch.testing.assert_close(found["logits_no"], torch.full((1, 3), 98.0))
+    outputs = by_name(torch_outputs(model, head, image))
+    close(outputs["logits_yes"], torch.tensor([[99.0, 100.0, 100.0]]))
+    close(outputs["logits_no"], torch.full((1, 3), 98.0))
     yes = torch.tensor([1.0, 2.0, 2.0]).sigmoid()
-    torch.testing.assert_close(found["score_CTW"], yes[1:2])
-    torch.testing.assert_close(found["score_ATD"], (yes * torch.tensor([-1.0, 0, 0]).softmax(0)).sum()[None])
-    assert found["label"].item() in (1, 2) and not found["is_ood_CTW"] and not found["is_ood_ATD"]
-    unsure = clipn.Head(
-        feature.expand(3, -1), 0.99 * feature.expand(3, -1)
-    )  # "yes" wins, for no class more than others
-    found = dict(zip(OUTPUTS, torchs(model, unsure, image), strict=True))
-    assert not found["is_ood_CTW"] and found["is_ood_ATD"]
+    close(outputs["score_CTW"], yes[1:2])
+    close(outputs["score_ATD"], (yes * torch.tensor([-1.0, 0, 0]).softmax(0)).sum()[None])
+    assert outputs["label"].item() in (1, 2) and not outputs["is_ood_CTW"] and not outputs["is_ood_ATD"]
+    unsure = clipn.Head(feature.expand(3, -1), 0.99 * feature.expand(3, -1))  # yes for all classes alike
+    outputs = by_name(torch_outputs(model, unsure, image))
+    assert not outputs["is_ood_CTW"] and outputs["is_ood_ATD"]
 
 
-def test_the_file_says_what_its_user_needs(exported):
-    model, _, session = exported
-    told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-    assert told["clipn_class_names"] == NAMES and told["clipn_scale"] == 100.0
-    assert told["clipn_preprocess"]["mean"] == list(model.preprocess["mean"])
+def test_the_metadata_describe_the_file(exported):
+    model, _, session, _ = exported
+    metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert metadata["clipn_class_names"] == NAMES and metadata["clipn_scale"] == 100.0
+    assert metadata["clipn_preprocess"]["mean"] == list(model.preprocess["mean"])
     assert [output.name for output in session.get_outputs()] == list(OUTPUTS)
 
 
-def test_the_check_finds_what_differs(exported):
-    model, head, session = exported
+def test_the_comparison_detects_what_differs(exported):
+    model, head, session, _ = exported
     images = torch.randn(20, 3, 32, 32)
     assert max(compare(session, OnnxModel(model, head), images, batch_size=8).values()) < 1e-5
     other = head_of(model, ["Käfer", "犬", "cat"])
@@ -112,7 +119,7 @@ def test_the_check_finds_what_differs(exported):
     def changed(name, change):
         class Changed:
             def run(self, names, feed):
-                values = dict(zip(OUTPUTS, session.run(names, feed), strict=True))
+                values = by_name(session.run(names, feed))
                 return list((values | {name: change(values[name])}).values())
 
         return compare(Changed(), OnnxModel(model, head), images)["score"]
@@ -122,25 +129,24 @@ def test_the_check_finds_what_differs(exported):
     assert changed("score_ATD", lambda score: score * torch.nan) == torch.inf
 
 
-def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "TOLERANCE", -1.0)
-    model = open_model(write_clipn(tmp_path / "a.pt"))
+def test_a_file_that_differs_is_not_written(exported, tmp_path, monkeypatch):
+    model, _, _, program = exported
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: program)
     with pytest.raises(ValueError, match=r"a\.onnx: not written: onnxruntime differs from torch by"):
-        export_onnx(model, head_of(model), NAMES, tmp_path / "a.onnx")
-    assert files(tmp_path) == ["a.pt"] and [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+        export_onnx(model, head_of(model, ["Käfer", "犬", "cat"]), NAMES, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch):
-    model = open_model(write_clipn(tmp_path / "a.pt"))
+def test_what_cannot_be_exported_is_one_line(model, tmp_path, monkeypatch):
     head = head_of(model)
     with pytest.raises(ValueError, match="scale=0: expected a positive number"):
         export_onnx(model, head, NAMES, tmp_path / "a.onnx", scale=0)
 
-    def fail(*arguments, **more):
-        raise RuntimeError("unheard-of operator\nmore")
+    def fail(*arguments, **options):
+        raise RuntimeError("unsupported operator\nmore")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
-    with pytest.raises(ValueError, match="cannot export this image tower: unheard-of operator$"):
+    with pytest.raises(ValueError, match="cannot export this image tower: unsupported operator$"):
         export_onnx(model, head, NAMES, tmp_path / "a.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match="onnxscript is missing: pip install onnx onnxscript onnxruntime"):
@@ -148,28 +154,30 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, monkeypatch):
 
 
 def test_the_command_on_a_shared_file_with_large_weights(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(onnx_export, "LARGEST", 0)  # as if they were 2 GB
+    monkeypatch.setattr(onnx_export, "LARGEST", 0)  # as if the weights had 2 GB
     write_clipn(tmp_path / "a.pt")
     share_weights(tmp_path / "a.pt", tmp_path / "shared")
     (tmp_path / "names.txt").write_text("\n".join(NAMES), encoding="utf-8")
     photos = write_images(tmp_path / "photos", *(f"a/{n}.png" for n in range(100)))
-    words = f"onnx {tmp_path}/shared --base {tmp_path}/a.pt --classes {tmp_path}/names.txt --out {tmp_path}/new/a.onnx"
-    export.main([*words.split(), "--check", str(photos)])
-    told = capsys.readouterr().out
-    assert "on 50 images of" in told and f"done: {tmp_path}/new/a.onnx" in told
-    assert files(tmp_path / "new") == ["a.onnx", "a.onnx.data"]
-    model = open_model(tmp_path / "a.pt")
-    head = clipn.build_head(model, clipn.get_tokenizer(architecture()), NAMES, clipn.data.prompts.simple_templates())
+    source, base, out = tmp_path / "shared", tmp_path / "a.pt", tmp_path / "new" / "a.onnx"
+    words = f"export onnx {source} --base {base} --classes {tmp_path}/names.txt --out {out}".split()
+    main([*words, "--check", str(photos)])
+    printed = capsys.readouterr().out
+    assert "on 50 images of" in printed and f"done: {out}" in printed
+    assert files(out.parent) == ["a.onnx", "a.onnx.data"]
+    model = open_model(base)
+    head = clipn.build_head(model, clipn.get_tokenizer(model.architecture), NAMES, simple_templates())
     images = torch.randn(3, 3, 32, 32)
-    assert max(compare(session_of(tmp_path / "new" / "a.onnx"), OnnxModel(model, head), images).values()) < 1e-5
-    with pytest.raises(FileNotFoundError, match="--check='nowhere': no such folder, or no image in it"):
-        export.main([*words.split(), "--check", "nowhere"])
+    assert max(compare(session_of(out), OnnxModel(model, head), images).values()) < 1e-5
+    with pytest.raises(SystemExit):
+        main([*words, "--check", "nowhere"])
+    assert "error: --check='nowhere': no such folder, or no image in it" in capsys.readouterr().err
 
 
 def test_real_photos(golden, tmp_path):
     archive = PHOTOS / "cifar10_test.tar"
     if not archive.is_file():
-        pytest.skip("the photos (shared/data/photos beside the project) are not here")
+        pytest.skip("shared/data/photos is not beside the project")
     model = open_model(golden["checkpoint"], golden["config"])
     head = clipn.build_head(model, clipn.get_tokenizer(golden["config"]), golden["classes"], golden["prompts"])
     transform = val_transform(model.preprocess)
@@ -177,9 +185,10 @@ def test_real_photos(golden, tmp_path):
         members = [member for member in tar.getmembers() if member.isfile()][::40]
         images = torch.stack([transform(open_image(tar.extractfile(member).read())) for member in members])
     assert len(images) >= 50
-    found = export_onnx(model, head, golden["classes"], tmp_path / "a.onnx", images=images)
-    assert max(found.values()) < 1e-5
-    values = session_of(tmp_path / "a.onnx").run(None, {"images": images.numpy()})
-    for name, value, expected in zip(OUTPUTS, values, torchs(model, head, images), strict=True):
-        if name.startswith(("label", "is_ood")):
-            assert torch.equal(torch.from_numpy(value), expected), name
+    differences = export_onnx(model, head, golden["classes"], tmp_path / "a.onnx", images=images)
+    assert max(differences.values()) < 1e-5
+    outputs = by_name(session_of(tmp_path / "a.onnx").run(None, {"images": images.numpy()}))
+    expected = by_name(torch_outputs(model, head, images))
+    best, second = expected["logits_yes"].topk(2, dim=1).values.T
+    clear = best - second > 1e-2  # near-tied classes may swap
+    assert clear.sum() >= 40 and torch.equal(torch.from_numpy(outputs["label"])[clear], expected["label"][clear])
