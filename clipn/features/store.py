@@ -9,7 +9,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ Encode = Callable[[Columns], Columns]  # a batch of samples -> the columns to st
 class FeatureStore:
     """A folder of parts, and the manifest of all that their features depend on.
 
+    samples: the number of samples, unreadable ones included. part_size: of a part; the last one may be shorter.
+
     Opening creates the folder and its manifest if they are missing. Raises ValueError, with the differences, where the
     manifest differs in any key but part_size, and for a manifest that is not readable.
     """
@@ -45,6 +46,7 @@ class FeatureStore:
                 stream.write(text.encode())
         barrier()
         self.manifest = _read_manifest(file)
+        self.samples, self.part_size = self.manifest["samples"], self.manifest["part_size"]
         changes = [
             f"{key}: {self.manifest.get(key)!r} there, {value!r} now"
             for key, value in json.loads(text).items()
@@ -54,16 +56,6 @@ class FeatureStore:
             raise ValueError(
                 f"{file}: features of something else: {'; '.join(changes)}. Choose another features.dir, or delete it"
             )
-
-    @property
-    def samples(self) -> int:
-        """The number of samples, unreadable ones included."""
-        return self.manifest["samples"]
-
-    @property
-    def part_size(self) -> int:
-        """The number of samples in a part; the last part may be shorter."""
-        return self.manifest["part_size"]
 
     def __len__(self) -> int:
         """The number of parts."""
@@ -112,9 +104,12 @@ class FeatureStore:
         check(skipped, seen) is called with all "skipped" rows and the number of samples of this rank so far.
         """
         parts = self.missing()[rank() :: world_size()]
-        batches = {part: _split(self.numbers(part), batch_size) for part in parts}
+        batches = {
+            part: [list(self.numbers(part)[k : k + batch_size]) for k in range(0, len(self.numbers(part)), batch_size)]
+            for part in parts
+        }
         loader = DataLoader(
-            _Numbered(dataset),
+            dataset,
             batch_sampler=[batch for part in parts for batch in batches[part]],
             num_workers=workers if parts else 0,
             collate_fn=_collate_readable,
@@ -127,11 +122,12 @@ class FeatureStore:
             loaded, skipped, seen = iter(loader), [], 0
             for part in parts:
                 columns: dict[str, list[Tensor]] = defaultdict(list)
-                for batch, numbers in zip(islice(loaded, len(batches[part])), batches[part], strict=True):
+                for numbers in batches[part]:
+                    batch, causes = next(loaded)
                     stop_if_asked()
-                    encoded = encode(batch) if len(batch) > 1 else {}
-                    for column, values in (encoded | {"skipped": batch["skipped"]}).items():
+                    for column, values in (encode(batch) if batch else {}).items():
                         columns[column].append(values)
+                    columns["skipped"].append(torch.stack([torch.tensor(numbers), causes], dim=1)[causes >= 0])
                     bar.update(len(numbers))
                 skipped, seen = skipped + columns["skipped"], seen + len(self.numbers(part))
                 if check:
@@ -140,26 +136,11 @@ class FeatureStore:
         barrier()
 
 
-class _Numbered(Dataset):
-    """number -> (number, sample)."""
-
-    def __init__(self, samples: Dataset) -> None:
-        self.samples = samples
-
-    def __getitem__(self, number: int) -> tuple[int, Any]:
-        return number, self.samples[number]
-
-
-def _collate_readable(samples: list[tuple[int, Any]]) -> Columns:
-    """Collate the readable samples; "skipped" [n, 2] holds numbers and causes of the others."""
-    readable = [sample for _, sample in samples if not isinstance(sample, int)]
-    skipped = [(number, cause) for number, cause in samples if isinstance(cause, int)]
-    batch = default_collate(readable) if readable else {}
-    return batch | {"skipped": torch.tensor(skipped, dtype=torch.long).view(-1, 2)}
-
-
-def _split(numbers: range, size: int) -> list[list[int]]:
-    return [list(numbers[start : start + size]) for start in range(0, len(numbers), size)]
+def _collate_readable(samples: list[Any]) -> tuple[Columns, Tensor]:
+    """The readable samples, collated, and each sample's cause [b], -1 if it is readable."""
+    readable = [sample for sample in samples if not isinstance(sample, int)]
+    causes = torch.tensor([sample if isinstance(sample, int) else -1 for sample in samples])
+    return default_collate(readable) if readable else {}, causes
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
