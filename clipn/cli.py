@@ -140,17 +140,15 @@ examples:
   clipn predict photos/ --classes cat,dog,horse --checkpoint epoch_10.pt --model-name ViT-B-16
   clipn predict photos/ --classes names.txt --checkpoint runs/toy --csv predictions.csv --move-ood none_of_them/
 """
-    parser = _add(
-        commands, "predict", _predict, "classify each image of a folder as one of the classes or none of them", example
-    )
+    about = "classify each image of a folder as one of the classes or none of them"
+    parser = _add(commands, "predict", _predict, about, example)
     parser.add_argument("images", nargs="+", metavar="FOLDER", help="a folder with all its subfolders, or an image")
     _add_detector_options(parser, required=True)
     parser.add_argument("--calibrate", metavar="DIR", help="images of the classes, from which a threshold is set")
-    parser.add_argument(
-        "--keep", type=float, metavar="SHARE", help="of these, to stay at or above the threshold (default: 0.95)"
-    )
+    about = "of these, to stay at or above the threshold (default: 0.95)"
+    parser.add_argument("--keep", type=float, metavar="SHARE", help=about)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
-    parser.add_argument("--csv", metavar="FILE", help="write one row per image to this file")
+    parser.add_argument("--csv", metavar="FILE", help="add one row per image; rows of images seen again are replaced")
     parser.add_argument("--move-ood", metavar="DIR", help="move the images of none of the classes to this folder")
 
 
@@ -226,12 +224,7 @@ examples:
     merge.add_argument("source", help="a shared file, its folder or hf://user/repo")
     merge.add_argument("--base", metavar="CLIP", help="a tag or a checkpoint (default: the tag that the file names)")
     merge.add_argument("--out", required=True, metavar="FILE.pt")
-    onnx = _add(
-        kinds,
-        "onnx",
-        _onnx,
-        "write image tower and class names as ONNX, checked against torch",
-    )
+    onnx = _add(kinds, "onnx", _onnx, "write image tower and class names as ONNX, checked against torch")
     onnx.add_argument("source", help=_MODEL)
     onnx.add_argument("--classes", required=True, **_OPTIONS["--classes"])
     onnx.add_argument("--out", required=True, metavar="FILE.onnx")
@@ -254,10 +247,12 @@ def _merge(source: str, out: str, base: str | None) -> None:
     print(f"done: {out}")
 
 
-def _onnx(source: str, classes: str, out: str, **options: Any) -> None:
-    from clipn.deploy.onnx import OnnxOptions, run_onnx
+def _onnx(source: str, classes: str, out: str, check: str | None, **options: Any) -> None:
+    from clipn.data.prompts import class_names_of
+    from clipn.deploy.detector import Detector
+    from clipn.deploy.onnx import run_onnx
 
-    run_onnx(source, classes, out, OnnxOptions(**options))
+    run_onnx(Detector.from_pretrained(source, class_names_of(classes), device="cpu", **options), out, check)
 
 
 # --- runs of a config, on all GPUs ---

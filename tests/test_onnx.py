@@ -12,12 +12,10 @@ from helpers import files, write_images
 
 import clipn
 from clipn.cli import main
-from clipn.data.images import open_image, val_transform
-from clipn.data.prompts import simple_templates
+from clipn.data.images import open_image
 from clipn.deploy import onnx as onnx_export
 from clipn.deploy.onnx import OUTPUTS, OnnxModel, compare, export_onnx
 from clipn.deploy.sharing import share_weights
-from clipn.model.weights import open_model
 
 for package in ("onnx", "onnxscript"):
     pytest.importorskip(package)
@@ -32,13 +30,13 @@ def session_of(path):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-def head_of(model, names=NAMES):
-    return clipn.build_head(model, clipn.get_tokenizer(model.architecture), names, ["a photo of a {}."])
-
-
-def torch_outputs(model, head, images):
+def torch_outputs(detector, images):
     with torch.no_grad():
-        return OnnxModel(model, head)(images)
+        return OnnxModel(detector)(images)
+
+
+def detector_of(checkpoint, names=NAMES, **options):
+    return clipn.Detector.from_pretrained(checkpoint, names, templates=["a photo of a {}."], device="cpu", **options)
 
 
 def by_name(outputs):
@@ -50,71 +48,70 @@ def close(actual, expected, **tolerance):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return open_model(write_clipn(tmp_path_factory.mktemp("model") / "a.pt"))
+def detector(tmp_path_factory):
+    return detector_of(write_clipn(tmp_path_factory.mktemp("model") / "a.pt"))
 
 
 @pytest.fixture(scope="module", params=[("vit", {}, 2), ("resnet", RESNET, 0)], ids=lambda param: param[0])
 def exported(request, tmp_path_factory):
-    """A model, its head, its file's session and torch's program; the ResNet is the hand-crafted variant."""
+    """A detector, its file's session and torch's program; the ResNet is the hand-crafted variant."""
     name, vision, num_prompts = request.param
     folder = tmp_path_factory.mktemp(name)
-    model = open_model(write_clipn(folder / "a.pt", num_prompts=num_prompts, vision=vision))
-    head = head_of(model)
+    detector = detector_of(write_clipn(folder / "a.pt", num_prompts=num_prompts, vision=vision))
     programs, export = [], torch.onnx.export
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             torch.onnx, "export", lambda *args, **options: programs.append(export(*args, **options)) or programs[0]
         )
-        differences = export_onnx(model, head, NAMES, folder / "a.onnx", scale=100.0)
+        differences = export_onnx(detector, folder / "a.onnx")
     assert max(differences.values()) < 1e-5 and files(folder) == ["a.onnx", "a.pt"]
-    return model, head, session_of(folder / "a.onnx"), programs[0]
+    return detector, session_of(folder / "a.onnx"), programs[0]
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_any_batch_size_gives_torchs_outputs_and_the_packages_scores(exported, batch):
-    model, head, session, _ = exported
+    detector, session, _ = exported
     images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
     outputs = by_name(session.run(None, {"images": images.numpy()}))
-    for name, expected in by_name(torch_outputs(model, head, images)).items():
+    for name, expected in by_name(torch_outputs(detector, images)).items():
         assert outputs[name].shape == (expected.shape if name.startswith("logits") else (batch,)), name
         close(outputs[name], expected, rtol=1e-4, atol=1e-4, msg=name)
-    logits = head(model.encode_image(images))
+    logits = detector.head(detector.model.encode_image(images))
     for name in ("CTW", "ATD"):
         close(outputs[f"score_{name}"], clipn.scores.SCORES[name](*logits).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_each_output_is_what_its_name_says(model):
-    image = torch.randn(1, 3, 32, 32)
-    feature = model.encode_image(image).detach()
-    head = clipn.Head(feature * torch.tensor([[0.99], [1.0], [1.0]]), 0.98 * feature.expand(3, -1))
-    outputs = by_name(torch_outputs(model, head, image))
+def test_each_output_is_what_its_name_says(detector):
+    image, module = torch.randn(1, 3, 32, 32), OnnxModel(detector)
+    feature = detector.model.encode_image(image).detach()
+    module.head = clipn.Head(feature * torch.tensor([[0.99], [1.0], [1.0]]), 0.98 * feature.expand(3, -1))
+    outputs = by_name(module(image))
     close(outputs["logits_yes"], torch.tensor([[99.0, 100.0, 100.0]]))
     close(outputs["logits_no"], torch.full((1, 3), 98.0))
     yes = torch.tensor([1.0, 2.0, 2.0]).sigmoid()
     close(outputs["score_CTW"], yes[1:2])
     close(outputs["score_ATD"], (yes * torch.tensor([-1.0, 0, 0]).softmax(0)).sum()[None])
     assert outputs["label"].item() in (1, 2) and not outputs["is_ood_CTW"] and not outputs["is_ood_ATD"]
-    unsure = clipn.Head(feature.expand(3, -1), 0.99 * feature.expand(3, -1))  # yes for all classes alike
-    outputs = by_name(torch_outputs(model, unsure, image))
+    module.head = clipn.Head(feature.expand(3, -1), 0.99 * feature.expand(3, -1))  # yes for all classes alike
+    outputs = by_name(module(image))
     assert not outputs["is_ood_CTW"] and outputs["is_ood_ATD"]
 
 
 def test_the_metadata_describe_the_file(exported):
-    model, _, session, _ = exported
+    detector, session, _ = exported
     metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     assert metadata["clipn_class_names"] == NAMES and metadata["clipn_scale"] == 100.0
-    assert metadata["clipn_preprocess"]["mean"] == list(model.preprocess["mean"])
+    assert metadata["clipn_preprocess"]["mean"] == list(detector.model.preprocess["mean"])
     assert [output.name for output in session.get_outputs()] == list(OUTPUTS)
 
 
 def test_the_comparison_detects_what_differs(exported):
-    model, head, session, _ = exported
+    detector, session, _ = exported
     images = torch.randn(20, 3, 32, 32)
-    assert max(compare(session, OnnxModel(model, head), images, batch_size=8).values()) < 1e-5
-    other = head_of(model, ["Käfer", "犬", "cat"])
-    assert compare(session, OnnxModel(model, other), images)["cosine"] > 1e-3
-    assert compare(session, OnnxModel(model, head), images * torch.nan)["cosine"] == torch.inf
+    assert max(compare(session, OnnxModel(detector), images, batch_size=8).values()) < 1e-5
+    other = detector.with_classes(["Käfer", "犬", "cat"])
+    assert compare(session, OnnxModel(other), images)["cosine"] > 1e-3
+    assert compare(session, OnnxModel(detector), images * torch.nan)["cosine"] == torch.inf
 
     def changed(name, change):
         class Changed:
@@ -122,7 +119,7 @@ def test_the_comparison_detects_what_differs(exported):
                 values = by_name(session.run(names, feed))
                 return list((values | {name: change(values[name])}).values())
 
-        return compare(Changed(), OnnxModel(model, head), images)["score"]
+        return compare(Changed(), OnnxModel(detector), images)["score"]
 
     assert changed("label", lambda label: (label + 1) % 3) == torch.inf
     assert changed("score_CTW", lambda score: score + 0.25) == pytest.approx(0.25, abs=1e-5)
@@ -130,27 +127,23 @@ def test_the_comparison_detects_what_differs(exported):
 
 
 def test_a_file_that_differs_is_not_written(exported, tmp_path, monkeypatch):
-    model, _, _, program = exported
+    detector, _, program = exported
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: program)
     with pytest.raises(ValueError, match=r"a\.onnx: not written: onnxruntime differs from torch by"):
-        export_onnx(model, head_of(model, ["Käfer", "犬", "cat"]), NAMES, tmp_path / "a.onnx")
+        export_onnx(detector.with_classes(["Käfer", "犬", "cat"]), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_is_one_line(model, tmp_path, monkeypatch):
-    head = head_of(model)
-    with pytest.raises(ValueError, match="scale=0: expected a positive number"):
-        export_onnx(model, head, NAMES, tmp_path / "a.onnx", scale=0)
-
+def test_what_cannot_be_exported_is_one_line(detector, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("unsupported operator\nmore")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ValueError, match="cannot export this image tower: unsupported operator$"):
-        export_onnx(model, head, NAMES, tmp_path / "a.onnx")
+        export_onnx(detector, tmp_path / "a.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match="onnxscript is missing: pip install onnx onnxscript onnxruntime"):
-        export_onnx(model, head, NAMES, tmp_path / "a.onnx")
+        export_onnx(detector, tmp_path / "a.onnx")
 
 
 def test_the_command_on_a_shared_file_with_large_weights(tmp_path, monkeypatch, capsys):
@@ -165,30 +158,33 @@ def test_the_command_on_a_shared_file_with_large_weights(tmp_path, monkeypatch, 
     printed = capsys.readouterr().out
     assert "on 50 images of" in printed and f"done: {out}" in printed
     assert files(out.parent) == ["a.onnx", "a.onnx.data"]
-    model = open_model(base)
-    head = clipn.build_head(model, clipn.get_tokenizer(model.architecture), NAMES, simple_templates())
-    images = torch.randn(3, 3, 32, 32)
-    assert max(compare(session_of(out), OnnxModel(model, head), images).values()) < 1e-5
-    with pytest.raises(SystemExit):
-        main([*words, "--check", "nowhere"])
-    assert "error: --check='nowhere': no such folder, or no image in it" in capsys.readouterr().err
+    expected = OnnxModel(clipn.Detector.from_pretrained(base, NAMES, device="cpu"))
+    assert max(compare(session_of(out), expected, torch.randn(3, 3, 32, 32)).values()) < 1e-5
+    for option, value, message in (
+        ("check", "nowhere", "no such folder, or no image in it"),
+        ("scale", "0", "positive"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words, f"--{option}={value}"])
+        error = capsys.readouterr().err
+        assert "error: " in error and f"{option}=" in error and value in error and message in error
 
 
 def test_real_photos(golden, tmp_path):
     archive = PHOTOS / "cifar10_test.tar"
     if not archive.is_file():
         pytest.skip("shared/data/photos is not beside the project")
-    model = open_model(golden["checkpoint"], golden["config"])
-    head = clipn.build_head(model, clipn.get_tokenizer(golden["config"]), golden["classes"], golden["prompts"])
-    transform = val_transform(model.preprocess)
+    detector = clipn.Detector.from_pretrained(
+        golden["checkpoint"], golden["classes"], golden["config"], golden["prompts"], device="cpu"
+    )
     with tarfile.open(archive) as tar:
         members = [member for member in tar.getmembers() if member.isfile()][::40]
-        images = torch.stack([transform(open_image(tar.extractfile(member).read())) for member in members])
+        images = torch.stack([detector.preprocess(open_image(tar.extractfile(member).read())) for member in members])
     assert len(images) >= 50
-    differences = export_onnx(model, head, golden["classes"], tmp_path / "a.onnx", images=images)
+    differences = export_onnx(detector, tmp_path / "a.onnx", images)
     assert max(differences.values()) < 1e-5
     outputs = by_name(session_of(tmp_path / "a.onnx").run(None, {"images": images.numpy()}))
-    expected = by_name(torch_outputs(model, head, images))
+    expected = by_name(torch_outputs(detector, images))
     best, second = expected["logits_yes"].topk(2, dim=1).values.T
     clear = best - second > 1e-2  # near-tied classes may swap
     assert clear.sum() >= 40 and torch.equal(torch.from_numpy(outputs["label"])[clear], expected["label"][clear])

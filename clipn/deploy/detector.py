@@ -105,6 +105,11 @@ class Detector:
         return list(self._state.templates)
 
     @property
+    def head(self) -> Head:
+        """The weights of the class names."""
+        return self._state.head
+
+    @property
     def threshold(self) -> float | None:
         """Images with a lower score are OOD. None: the method's own decision."""
         return self._state.threshold

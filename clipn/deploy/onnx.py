@@ -1,4 +1,4 @@
-"""Export the image tower and the class weights as one ONNX file, compared with torch."""
+"""Export a Detector as one ONNX file: image tower, class weights, scores and decisions, compared with torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,12 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from clipn.data.image_sets import find_images
-from clipn.data.images import open_image, val_transform
-from clipn.data.prompts import class_names_of, load_templates
-from clipn.model.base import get_tokenizer
-from clipn.model.clipn import CLIPN
-from clipn.model.head import Head, build_head
-from clipn.model.weights import open_model
+from clipn.data.images import open_image
+from clipn.deploy.detector import Detector
 from clipn.runtime.files import atomic_write
 from clipn.scores import DECISIONS, SCORES
 
@@ -34,9 +28,9 @@ OUTPUTS = ("logits_yes", "logits_no", "label", "score_CTW", "score_ATD", "is_ood
 class OnnxModel(nn.Module):
     """Image tower and head: preprocessed images [B, 3, H, W] -> OUTPUTS, the logits [B, C] and the rest [B]."""
 
-    def __init__(self, model: CLIPN, head: Head, scale: float = 100.0) -> None:
+    def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.model, self.head, self.scale = model, head, scale
+        self.model, self.head, self.scale = detector.model, detector.head, detector.scale
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         logits = self.head(self.model.encode_image(images), self.scale)
@@ -44,55 +38,40 @@ class OnnxModel(nn.Module):
         return *logits, logits[0].argmax(dim=1), *scores, *(DECISIONS[name](*logits) for name in ("CTW", "ATD"))
 
 
-@dataclass(frozen=True)
-class OnnxOptions:
-    """Optional settings of `run_onnx`."""
+def run_onnx(detector: Detector, path: str | Path, check: str | None = None) -> None:
+    """`clipn export onnx`: write the file, and print how far it differs from torch.
 
-    templates: str = "simple"  # as in `load_templates`
-    scale: float = 100.0  # factor of the cosines
-    check: str | None = None  # a folder of images for the comparison with torch; None: random pixels
-    model_name: str | None = None  # as in `open_model`
-    base: str | None = None
-
-
-def run_onnx(source: str, classes: str, path: str, options: OnnxOptions) -> None:
-    """`clipn export onnx`: write a model with class names as ONNX, and print how far it differs from torch."""
-    class_names = class_names_of(classes)
-    templates = load_templates(options.templates, "--templates")
-    model = open_model(source, options.model_name, options.base)
-    images = _check_images(options.check, model) if options.check else None
-    head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
-    differences = export_onnx(model, head, class_names, path, options.scale, images)
-    compared = f"{len(images)} images of {options.check}" if options.check else "random pixels"
+    check: a folder, of which up to 64 images are compared; None: random pixels.
+    """
+    images, compared = None, "random pixels"
+    if check:
+        paths = sorted(find_images(Path(check)))
+        if not paths:
+            raise FileNotFoundError(f"--check={check!r}: no such folder, or no image in it")
+        paths = paths[:: -(-len(paths) // 64)]  # from all parts of the folder
+        images = torch.stack([detector.preprocess(open_image(path)) for path in paths])
+        compared = f"{len(images)} images of {check}"
+    differences = export_onnx(detector, path, images)
     cosine, score = differences["cosine"], differences["score"]
     print(f"onnxruntime and torch on {compared}: cosines differ by {cosine:.1e}, scores by {score:.1e}")
-    print(f"done: {path} ({Path(path).stat().st_size / 1e6:.1f} MB, {len(class_names)} classes)")
+    print(f"done: {path} ({Path(path).stat().st_size / 1e6:.1f} MB, {len(detector.class_names)} classes)")
 
 
-def export_onnx(
-    model: CLIPN,
-    head: Head,
-    class_names: Sequence[str],
-    path: str | Path,
-    scale: float = 100.0,
-    images: Tensor | None = None,
-) -> dict[str, float]:
-    """Write a model and its head, both on the CPU, as an ONNX file with a variable batch size.
+def export_onnx(detector: Detector, path: str | Path, images: Tensor | None = None) -> dict[str, float]:
+    """Write a detector on the CPU as an ONNX file with a variable batch size; returns its differences from torch.
 
-    images: [N, 3, H, W] preprocessed, for the comparison with torch; None: random ones. Returns the largest
-    differences: {"cosine", "score"}. Weights of 2 GB and more are written to PATH.data beside it.
+    images: [N, 3, H, W] preprocessed, for the comparison as in `compare`; None: random ones. Weights of 2 GB and more
+    are written to PATH.data beside it.
 
     Raises ValueError, and writes nothing, if a package is missing, torch cannot export the image tower, or onnxruntime
     and torch differ by more than TOLERANCE.
     """
     onnxruntime = _onnxruntime()
-    if scale <= 0:
-        raise ValueError(f"scale={scale}: expected a positive number")
-    module, path = OnnxModel(model, head, scale).eval(), Path(path)
-    size = model.preprocess["size"]
+    module, path = OnnxModel(detector).eval(), Path(path)
+    size = detector.model.preprocess["size"]
     example = torch.randn(2, 3, *((size, size) if isinstance(size, int) else size))
     program = _to_program(module, example)
-    program.model.metadata_props.update(_metadata(model, class_names, scale))
+    program.model.metadata_props.update(_metadata(detector))
     large = sum(value.numel() * value.element_size() for value in module.state_dict().values()) > LARGEST
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -128,15 +107,6 @@ def compare(session: Any, module: OnnxModel, images: Tensor, batch_size: int = 1
     return worst
 
 
-def _check_images(folder: str, model: CLIPN) -> Tensor:
-    """[N, 3, H, W], up to 64 images from all parts of a folder. Raises FileNotFoundError if there is none."""
-    paths = sorted(find_images(Path(folder)))
-    if not paths:
-        raise FileNotFoundError(f"--check={folder!r}: no such folder, or no image in it")
-    transform = val_transform(model.preprocess)
-    return torch.stack([transform(open_image(path)) for path in paths[:: -(-len(paths) // 64)]])
-
-
 def _to_program(module: OnnxModel, example: Tensor) -> torch.onnx.ONNXProgram:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs each constant that it does not fold
     try:
@@ -154,12 +124,12 @@ def _to_program(module: OnnxModel, example: Tensor) -> torch.onnx.ONNXProgram:
         raise ValueError(f"torch cannot export this image tower: {str(error).strip().splitlines()[0]}") from error
 
 
-def _metadata(model: CLIPN, class_names: Sequence[str], scale: float) -> dict[str, str]:
+def _metadata(detector: Detector) -> dict[str, str]:
     """What a user of the file needs besides the model, as JSON texts."""
     entries = {
-        "class_names": list(class_names),
-        "preprocess": model.preprocess,
-        "scale": scale,
+        "class_names": detector.class_names,
+        "preprocess": detector.model.preprocess,
+        "scale": detector.scale,
         "scores": "A higher score means in-distribution; is_ood is the threshold-free decision.",
     }
     return {f"clipn_{key}": json.dumps(value, ensure_ascii=False) for key, value in entries.items()}
