@@ -87,12 +87,13 @@ def check_evaluation(config: Config, world_made: bool = True) -> None:
 
 
 def check_checkpoints(config: Config) -> None:
-    """Read the files of eval.checkpoints, without those in run.dir, which a training writes.
+    """Read the files of eval.checkpoints before a training, without those in run.dir, which the training writes.
 
     Raises FileNotFoundError for a name that matches nothing, ValueError for what is no checkpoint.
     """
-    for path in _matching_files(_outside(config.run.dir, _checkpoint_names(config.eval))):
-        read_checkpoint(path)
+    if config.eval.id is not None:
+        for path in _matching_files(_outside(config.run.dir, _checkpoint_names(config.eval))):
+            read_checkpoint(path)
 
 
 @torch.no_grad()
