@@ -3,10 +3,8 @@
 import errno
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import architecture, write_clipn
-from helpers import files, write_images, write_shard
+from helpers import files, run_ranks, write_images, write_shard
 from PIL import Image
 from test_train import assert_same, weights
 
@@ -155,46 +153,29 @@ def test_every_row_is_found_in_its_part(settings, tmp_path, part_size, text):
     assert not torch.equal(batches[0]["no_tokens"], batches[0]["tokens"])
 
 
-def test_two_ranks_fill_one_store_and_train_as_one_process(settings, tmp_path, monkeypatch):
-    single = settings(*FROM_FEATURES, f"run.dir={tmp_path}/single", f"features.dir={tmp_path}/single/features")
-    train(single)
-    write = FeatureStore.write
+def train_and_record(config_file, *overrides):
+    """Train, and leave a file that says which rank wrote which part."""
 
-    def record(self, part, columns):
+    def record(self, part, columns, write=FeatureStore.write):
         (self.folder.parent / f"written_{part}_by_{rank()}").touch(exist_ok=False)
         write(self, part, columns)
 
-    monkeypatch.setattr(FeatureStore, "write", record)
-    config = settings(*FROM_FEATURES, "train.micro_batch_size=2")
-    run_on_ranks(2, lambda: train(config))
+    FeatureStore.write = record
+    with process_group(choose_device("cpu")):
+        train(load_config(config_file, overrides))
+
+
+def test_two_ranks_fill_one_store_and_train_as_one_process(settings, tmp_path):
+    single = settings(*FROM_FEATURES, f"run.dir={tmp_path}/single", f"features.dir={tmp_path}/single/features")
+    train(single)
+    run_ranks(2, train_and_record, tmp_path / "config.yaml", *FROM_FEATURES, "train.micro_batch_size=2")
     notes = [name for name in files(tmp_path / "features") if name.startswith("written")]
     assert notes == [f"written_{part}_by_{part % 2}" for part in range(5)]
     assert part_bytes(tmp_path / "features") == part_bytes(tmp_path / "single/features")
     assert_same(
         weights(f"{tmp_path}/single/checkpoints/last.pt"), weights(f"{tmp_path}/run/checkpoints/last.pt"), **NEAR
     )
-    assert logged(config, "loss") == pytest.approx(logged(single, "loss"), rel=1e-4)
-
-
-def run_on_ranks(ranks: int, function) -> None:
-    """Call a function in forked processes that form one process group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def run(number: int) -> None:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-        os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
-        with process_group(choose_device("cpu")):
-            function()
-
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(number,)) for number in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()
-    assert [process.exitcode for process in processes] == ranks * [0]
+    assert logged(settings(), "loss") == pytest.approx(logged(single, "loss"), rel=1e-4)
 
 
 def test_unreadable_pairs_are_left_out_and_counted(settings, tmp_path, caplog):
