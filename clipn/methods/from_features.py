@@ -42,7 +42,7 @@ def fit_knn(features: Tensor) -> Score:
             nearest = nearest.topk(min(k, nearest.shape[1]), dim=1).values
         return -(2 - 2 * nearest[:, -1]).clamp(min=0).sqrt()
 
-    return _where(features, score)
+    return _on_device(features, score)
 
 
 def fit_mahalanobis(features: Tensor, labels: Tensor | None, num_classes: int) -> Score:
@@ -52,7 +52,7 @@ def fit_mahalanobis(features: Tensor, labels: Tensor | None, num_classes: int) -
     ValueError as `fit_rmd` does.
     """
     mean, whiten, class_means = _class_gaussians(features, labels, num_classes, "Mahalanobis")
-    return _where(features, lambda block: -_nearest((block.double() - mean) @ whiten, class_means))
+    return _on_device(features, lambda block: -_nearest((block.double() - mean) @ whiten, class_means))
 
 
 def fit_rmd(features: Tensor, labels: Tensor | None, num_classes: int) -> Score:
@@ -68,7 +68,7 @@ def fit_rmd(features: Tensor, labels: Tensor | None, num_classes: int) -> Score:
         centred = block.double() - mean
         return (centred @ whiten_all).square().sum(dim=1) - _nearest(centred @ whiten, class_means)
 
-    return _where(features, score)
+    return _on_device(features, score)
 
 
 def principal_dim(width: int) -> int:
@@ -94,7 +94,7 @@ def fit_vim(features: Tensor, weights: Tensor, scale: float) -> Score:
     def score(block: Tensor) -> Tensor:
         return logits(block).logsumexp(dim=1) - alpha * (block.double() @ outside).norm(dim=1)
 
-    return _where(features, score)
+    return _on_device(features, score)
 
 
 def fit_residual(features: Tensor) -> Score:
@@ -103,7 +103,7 @@ def fit_residual(features: Tensor) -> Score:
     Raises ValueError for training images that span no more than that space.
     """
     outside = _residual_space(features, "Residual")
-    return _where(features, lambda block: -(block.double() @ outside).norm(dim=1))
+    return _on_device(features, lambda block: -(block.double() @ outside).norm(dim=1))
 
 
 def fit_react(features: Tensor, weights: Tensor, scale: float) -> Score:
@@ -116,10 +116,10 @@ def fit_react(features: Tensor, weights: Tensor, scale: float) -> Score:
     # numpy's, because torch.quantile takes no more than 16 million numbers
     limit = float(np.percentile(features.float().cpu().numpy(), REACT_PERCENTILE))
     logits = _logits(weights.to(features.device), scale)
-    return _where(features, lambda block: logits(block.clamp(max=limit)).logsumexp(dim=1))
+    return _on_device(features, lambda block: logits(block.clamp(max=limit)).logsumexp(dim=1))
 
 
-def _where(train: Tensor, score: Score) -> Score:
+def _on_device(train: Tensor, score: Score) -> Score:
     """The score on the device of the training features, in float32."""
     return lambda features: score(features.to(train.device)).float()
 
