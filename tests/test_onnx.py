@@ -1,5 +1,7 @@
 """The ONNX export against torch: small models, any batch size, real photos."""
 
+import contextlib
+import io
 import json
 import sys
 import tarfile
@@ -23,6 +25,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 PHOTOS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "photos"
 NAMES = ["Käfer", "犬", "dog"]
+TEMPLATES = ["a photo of a {}."]
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
 
 
@@ -35,10 +38,6 @@ def torch_outputs(detector, images):
         return OnnxModel(detector)(images)
 
 
-def detector_of(checkpoint, names=NAMES, **options):
-    return clipn.Detector.from_pretrained(checkpoint, names, templates=["a photo of a {}."], device="cpu", **options)
-
-
 def by_name(outputs):
     return dict(zip(OUTPUTS, outputs, strict=True))
 
@@ -48,29 +47,47 @@ def close(actual, expected, **tolerance):
 
 
 @pytest.fixture(scope="module")
-def detector(tmp_path_factory):
-    return detector_of(write_clipn(tmp_path_factory.mktemp("model") / "a.pt"))
-
-
-@pytest.fixture(scope="module", params=[("vit", {}, 2), ("resnet", RESNET, 0)], ids=lambda param: param[0])
-def exported(request, tmp_path_factory):
-    """A detector, its file's session and torch's program; the ResNet is the hand-crafted variant."""
-    name, vision, num_prompts = request.param
-    folder = tmp_path_factory.mktemp(name)
-    detector = detector_of(write_clipn(folder / "a.pt", num_prompts=num_prompts, vision=vision))
-    programs, export = [], torch.onnx.export
+def by_function(golden, tmp_path_factory):
+    """The golden model's detector, its file's session and torch's program."""
+    path, programs, export = tmp_path_factory.mktemp("golden") / "a.onnx", [], torch.onnx.export
+    detector = clipn.Detector.from_pretrained(golden["checkpoint"], NAMES, golden["config"], TEMPLATES, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            torch.onnx, "export", lambda *args, **options: programs.append(export(*args, **options)) or programs[0]
+            torch.onnx, "export", lambda *args, **kwargs: programs.append(export(*args, **kwargs)) or programs[0]
         )
-        differences = export_onnx(detector, folder / "a.onnx")
-    assert max(differences.values()) < 1e-5 and files(folder) == ["a.onnx", "a.pt"]
-    return detector, session_of(folder / "a.onnx"), programs[0]
+        differences = export_onnx(detector, path)
+    assert max(differences.values()) < 1e-5 and files(path.parent) == ["a.onnx"]
+    return detector, session_of(path), programs[0]
+
+
+@pytest.fixture(scope="module")
+def by_command(tmp_path_factory):
+    """A ResNet without prompts as a shared file, exported by the command as if its weights had 2 GB."""
+    folder = tmp_path_factory.mktemp("command")
+    base, out = write_clipn(folder / "a.pt", num_prompts=0, vision=RESNET), folder / "new" / "a.onnx"
+    share_weights(base, folder / "shared")
+    (folder / "names.txt").write_text("\n".join(NAMES), encoding="utf-8")
+    (folder / "templates.txt").write_text(TEMPLATES[0])
+    write_images(folder / "photos", *(f"a/{n}.png" for n in range(100)))
+    words = f"export onnx {folder}/shared --base {base} --classes {folder}/names.txt --out {out} "
+    words += f"--templates {folder}/templates.txt --check {folder}/photos"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(onnx_export, "LARGEST", 0)
+        main(words.split())
+    assert "on 50 images of" in printed.getvalue() and f"done: {out}" in printed.getvalue()
+    assert files(out.parent) == ["a.onnx", "a.onnx.data"]
+    return clipn.Detector.from_pretrained(base, NAMES, templates=TEMPLATES, device="cpu"), session_of(out)
+
+
+@pytest.fixture(params=["by_function", "by_command"])
+def exported(request):
+    return request.getfixturevalue(request.param)[:2]
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_any_batch_size_gives_torchs_outputs_and_the_packages_scores(exported, batch):
-    detector, session, _ = exported
+    detector, session = exported
     images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
     outputs = by_name(session.run(None, {"images": images.numpy()}))
     for name, expected in by_name(torch_outputs(detector, images)).items():
@@ -81,9 +98,9 @@ def test_any_batch_size_gives_torchs_outputs_and_the_packages_scores(exported, b
         close(outputs[f"score_{name}"], clipn.scores.SCORES[name](*logits).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_each_output_is_what_its_name_says(detector):
-    image, module = torch.randn(1, 3, 32, 32), OnnxModel(detector)
-    feature = detector.model.encode_image(image).detach()
+def test_each_output_is_what_its_name_says(by_command):
+    image, module = torch.randn(1, 3, 32, 32), OnnxModel(by_command[0])
+    feature = module.model.encode_image(image).detach()
     module.head = clipn.Head(feature * torch.tensor([[0.99], [1.0], [1.0]]), 0.98 * feature.expand(3, -1))
     outputs = by_name(module(image))
     close(outputs["logits_yes"], torch.tensor([[99.0, 100.0, 100.0]]))
@@ -98,7 +115,7 @@ def test_each_output_is_what_its_name_says(detector):
 
 
 def test_the_metadata_describe_the_file(exported):
-    detector, session, _ = exported
+    detector, session = exported
     metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
     assert metadata["clipn_class_names"] == NAMES and metadata["clipn_scale"] == 100.0
     assert metadata["clipn_preprocess"]["mean"] == list(detector.model.preprocess["mean"])
@@ -106,7 +123,7 @@ def test_the_metadata_describe_the_file(exported):
 
 
 def test_the_comparison_detects_what_differs(exported):
-    detector, session, _ = exported
+    detector, session = exported
     images = torch.randn(20, 3, 32, 32)
     assert max(compare(session, OnnxModel(detector), images, batch_size=8).values()) < 1e-5
     other = detector.with_classes(["Käfer", "犬", "cat"])
@@ -126,15 +143,17 @@ def test_the_comparison_detects_what_differs(exported):
     assert changed("score_ATD", lambda score: score * torch.nan) == torch.inf
 
 
-def test_a_file_that_differs_is_not_written(exported, tmp_path, monkeypatch):
-    detector, _, program = exported
+def test_a_file_that_differs_is_not_written(by_function, tmp_path, monkeypatch):
+    detector, _, program = by_function
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: program)
     with pytest.raises(ValueError, match=r"a\.onnx: not written: onnxruntime differs from torch by"):
         export_onnx(detector.with_classes(["Käfer", "犬", "cat"]), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_exported_is_one_line(detector, tmp_path, monkeypatch):
+def test_what_cannot_be_exported_is_one_line(by_command, tmp_path, monkeypatch):
+    detector = by_command[0]
+
     def fail(*arguments, **options):
         raise RuntimeError("unsupported operator\nmore")
 
@@ -146,45 +165,29 @@ def test_what_cannot_be_exported_is_one_line(detector, tmp_path, monkeypatch):
         export_onnx(detector, tmp_path / "a.onnx")
 
 
-def test_the_command_on_a_shared_file_with_large_weights(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(onnx_export, "LARGEST", 0)  # as if the weights had 2 GB
-    write_clipn(tmp_path / "a.pt")
-    share_weights(tmp_path / "a.pt", tmp_path / "shared")
-    (tmp_path / "names.txt").write_text("\n".join(NAMES), encoding="utf-8")
-    photos = write_images(tmp_path / "photos", *(f"a/{n}.png" for n in range(100)))
-    source, base, out = tmp_path / "shared", tmp_path / "a.pt", tmp_path / "new" / "a.onnx"
-    words = f"export onnx {source} --base {base} --classes {tmp_path}/names.txt --out {out}".split()
-    main([*words, "--check", str(photos)])
-    printed = capsys.readouterr().out
-    assert "on 50 images of" in printed and f"done: {out}" in printed
-    assert files(out.parent) == ["a.onnx", "a.onnx.data"]
-    expected = OnnxModel(clipn.Detector.from_pretrained(base, NAMES, device="cpu"))
-    assert max(compare(session_of(out), expected, torch.randn(3, 3, 32, 32)).values()) < 1e-5
-    for option, value, message in (
-        ("check", "nowhere", "no such folder, or no image in it"),
-        ("scale", "0", "positive"),
-    ):
-        with pytest.raises(SystemExit):
-            main([*words, f"--{option}={value}"])
-        error = capsys.readouterr().err
-        assert "error: " in error and f"{option}=" in error and value in error and message in error
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--check=nowhere", "--check='nowhere': no such folder, or no image in it"), ("--scale=0", "scale=0")],
+)
+def test_bad_options_are_one_line(tmp_path, capsys, option, message):
+    source = write_clipn(tmp_path / "a.pt")
+    with pytest.raises(SystemExit):
+        main(["export", "onnx", str(source), "--classes", "a,b", "--out", str(tmp_path / "a.onnx"), option])
+    assert f"error: {message}" in capsys.readouterr().err
 
 
-def test_real_photos(golden, tmp_path):
+def test_real_photos(by_function):
+    detector, session, _ = by_function
     archive = PHOTOS / "cifar10_test.tar"
     if not archive.is_file():
         pytest.skip("shared/data/photos is not beside the project")
-    detector = clipn.Detector.from_pretrained(
-        golden["checkpoint"], golden["classes"], golden["config"], golden["prompts"], device="cpu"
-    )
     with tarfile.open(archive) as tar:
         members = [member for member in tar.getmembers() if member.isfile()][::40]
-        images = torch.stack([detector.preprocess(open_image(tar.extractfile(member).read())) for member in members])
-    assert len(images) >= 50
-    differences = export_onnx(detector, tmp_path / "a.onnx", images)
-    assert max(differences.values()) < 1e-5
-    outputs = by_name(session_of(tmp_path / "a.onnx").run(None, {"images": images.numpy()}))
+        images = [detector.preprocess(open_image(tar.extractfile(member).read())) for member in members]
+    images = torch.stack(images)
+    assert len(images) >= 50 and max(compare(session, OnnxModel(detector), images).values()) < 1e-5
+    outputs = by_name(session.run(None, {"images": images.numpy()}))
     expected = by_name(torch_outputs(detector, images))
-    best, second = expected["logits_yes"].topk(2, dim=1).values.T
+    best, second, *_ = expected["logits_yes"].topk(2, dim=1).values.T
     clear = best - second > 1e-2  # near-tied classes may swap
     assert clear.sum() >= 40 and torch.equal(torch.from_numpy(outputs["label"])[clear], expected["label"][clear])
