@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import lzma
+import os
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ def plain_log():
         log.removeHandler(handler)
         handler.close()
     log.propagate = True
+    os.environ.pop("CLIPN_COMMAND", None)  # set by clipn.cli.main
 
 
 def write_clipn(path: Path, num_prompts=3, base_seed=0, no_seed=1, **more) -> Path:

@@ -138,6 +138,18 @@ def test_the_printed_command_is_the_typed_one(monkeypatch):
         assert shlex.split(expected)[-2:] == words[-2:]
 
 
+def test_a_stopped_run_prints_the_command_that_resumes(clipn, monkeypatch):
+    def stopped(*arguments):
+        raise Interrupted("stopped after step 3; to resume")
+
+    monkeypatch.setattr("clipn.pipeline.run_training", stopped)
+    monkeypatch.setattr(sys, "argv", ["clipn"])
+    monkeypatch.delenv("NPROC", raising=False)
+    code, shown = clipn("train", "toy", "data.shards=pairs/{0..9}.tar")
+    assert code == RESUME == 75
+    assert shown.err == "stopped after step 3; to resume: clipn train toy 'data.shards=pairs/{0..9}.tar'\n"
+
+
 def test_run_sh_takes_paths_of_the_callers_folder(config_file, tmp_path):
     home = tmp_path / "my home"
     home.mkdir()
@@ -149,6 +161,21 @@ def test_run_sh_takes_paths_of_the_callers_folder(config_file, tmp_path):
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "done: out/checkpoints/last.pt" in done.stdout and (home / "out/checkpoints/last.pt").is_file()
+
+
+def test_set_up_names_missing_packages_and_needs_no_gradio(tmp_path):
+    (tmp_path / "empty").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n')  # has no packages
+    (tmp_path / "empty").chmod(0o755)
+    (tmp_path / "demo.txt").write_text("# clipn demo\ngradio>=6.0\n")
+    (tmp_path / "all.txt").write_text("-r demo.txt\n\ntorch>=2.6\nfsspec[http]>=2024.2\n")
+    for python, file, missing in (
+        ("./empty", "demo.txt", ""),
+        ("./empty", "all.txt", "torch, fsspec, aiohttp\n"),
+        (sys.executable, "all.txt", ""),
+    ):
+        command = f". {shlex.quote(str(ROOT))}/scripts/setup.sh; has_all {shlex.quote(python)} {file}"
+        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (1 if missing else 0, missing)
 
 
 def test_exit_codes(tmp_path, capsys):
@@ -165,7 +192,6 @@ def test_exit_codes(tmp_path, capsys):
     assert exit_code(ValueError("what to change")) == 1
     assert capsys.readouterr().err == "error: what to change\n"
     assert "what to change" in (tmp_path / "log").read_text()
-    assert exit_code(Interrupted("resumes")) == RESUME == 75
     with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
         fail_in_one_line(lambda: 1 / 0)
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_tar
 from PIL import Image
 
+from clipn.config.schema import WorldConfig
 from clipn.toy import generate
 from clipn.toy.drawing import draw_things
 from clipn.toy.generate import make_toy
 from clipn.toy.shapes import CLASSES, SCENES, TEXTURES, THINGS
+from clipn.toy.world import make_world
 
 SMALL = {"num_pairs": 30, "images_per_class": 2, "workers": 1}
 CLASS_COUNTS = {"id": 24, "near": 24, "scenes": 8, "textures": 8, "digits": 10}
@@ -46,6 +49,7 @@ def captions(tmp_path_factory) -> list[str]:
         patch.setattr(generate, "PAIRS_PER_SHARD", 1500)
         make_toy(root, num_pairs=2000, images_per_class=1, image_size=8, workers=1)
     members = read_pairs(root)
+    assert {Image.open(path).size for path in root.rglob("*.jpg")} == {(8, 8)}
     assert [name for name in members if name.endswith("0000.jpg")] == ["000000000.jpg", "000010000.jpg"]
     return [content.decode() for name, content in members.items() if name.endswith(".txt")]
 
@@ -152,6 +156,18 @@ def test_parameters_out_of_range_are_named(tmp_path, name, value):
     assert not (tmp_path / "world").exists()
 
 
-def test_other_image_sizes(tmp_path):
-    root = make_toy(tmp_path, num_pairs=5, images_per_class=1, image_size=48, workers=1)
-    assert {Image.open(path).size for path in root.rglob("*.jpg")} == {(48, 48)}
+def test_photos_are_unpacked_once_beside_the_digits(tmp_path):
+    source, root = tmp_path / "source", tmp_path / "world"
+    config = WorldConfig(name="photos", source=str(source), root=str(root))
+    with pytest.raises(FileNotFoundError, match="no such folder, or no \\*_test.tar"):
+        make_world(config)
+    source.mkdir()
+    write_tar(source / "pets_test.tar", {"pets/cat/1.jpg": b"cat", "pets/dog/1.jpg": b"dog"})
+    make_world(config)
+    assert (root / "pets/dog/1.jpg").read_bytes() == b"dog" and len(list((root / "digits").glob("*/*.jpg"))) == 500
+    (root / "pets/dog/1.jpg").write_bytes(b"touched")
+    make_world(config)
+    assert (root / "pets/dog/1.jpg").read_bytes() == b"touched"
+    write_tar(source / "cars_val.tar", {"cars/red/1.jpg": b"car"})
+    with pytest.raises(ValueError, match="was unpacked from other archives"):
+        make_world(config)
