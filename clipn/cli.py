@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def run_here_or_launch() -> None:
         if all_gpus:
-            _launch_on_all_gpus(argv)
+            from clipn.runtime.launch import launch_on_all_gpus
+
+            launch_on_all_gpus(argv)
         (pkgutil.resolve_name(run) if isinstance(run, str) else run)(**options)
 
     fail_in_one_line(run_here_or_launch, stopped_code)
@@ -81,25 +83,6 @@ def _typed(argv: list[str]) -> str:
         command = ["clipn", *argv]
     processes = os.environ.get("NPROC")
     return f"NPROC={shlex.quote(processes)} {shlex.join(command)}" if processes else shlex.join(command)
-
-
-def _launch_on_all_gpus(argv: list[str]) -> None:
-    """Run `clipn ARGV` under torchrun with one process per GPU, and exit; return where this process is enough."""
-    import torch
-
-    from clipn.runtime.launch import launch
-
-    processes = os.environ.get("NPROC") or str(max(1, torch.cuda.device_count()))
-    if not processes.isdigit() or int(processes) < 1:
-        raise ValueError(f"NPROC={processes!r}: expected a number of processes, 1 or more")
-    several_machines = any(os.environ.get(name) for name in ("PET_RDZV_ENDPOINT", "PET_MASTER_ADDR"))
-    if "TORCHELASTIC_RUN_ID" in os.environ or int(processes) == 1 and not several_machines:
-        return
-    root = Path(__file__).resolve().parents[1]
-    if (root / "pyproject.toml").is_file():  # a checkout, which need not be installed
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    options = [f"--nproc_per_node={processes}", *([] if several_machines else ["--standalone"])]
-    sys.exit(launch([*options, "-m", "clipn", *argv]))
 
 
 def _parser() -> argparse.ArgumentParser:

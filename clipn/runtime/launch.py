@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -19,6 +21,25 @@ from clipn.runtime.signals import RESUME
 
 # Seconds that stopped ranks have to finish their step and write a checkpoint; torchrun's default is 30.
 os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
+
+
+def launch_on_all_gpus(argv: list[str]) -> None:
+    """Run `clipn ARGV` under torchrun with one process per GPU, and exit; return if this process is enough.
+
+    NPROC sets another number of processes; torchrun's own PET_* variables join several machines. Raises ValueError for
+    an impossible NPROC.
+    """
+    processes = os.environ.get("NPROC") or str(max(1, torch.cuda.device_count()))
+    if not processes.isdigit() or int(processes) < 1:
+        raise ValueError(f"NPROC={processes!r}: expected a number of processes, 1 or more")
+    several_machines = any(os.environ.get(name) for name in ("PET_RDZV_ENDPOINT", "PET_MASTER_ADDR"))
+    if "TORCHELASTIC_RUN_ID" in os.environ or int(processes) == 1 and not several_machines:
+        return
+    root = Path(__file__).resolve().parents[2]
+    if (root / "pyproject.toml").is_file():  # a checkout, which need not be installed
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    options = [f"--nproc_per_node={processes}", *([] if several_machines else ["--standalone"])]
+    sys.exit(launch([*options, "-m", "clipn", *argv]))
 
 
 def launch(arguments: Sequence[str]) -> int:
