@@ -50,18 +50,14 @@ def test_metrics_follow_their_definitions(seed, ties):
     assert metrics["AUPR_OUT"] == pytest.approx(average_precision(-outside, -inside))
 
 
-def test_fpr95_by_hand():
+def test_fpr95_by_hand_with_id_as_the_positive_class():
     """20 ID scores 1..20: 95 % are those above 1, so the threshold is 2, and 3 of 4 OOD scores are above it."""
     inside = np.arange(1, 21, dtype=float)
     assert ood_metrics(inside, np.array([0.0, 5.5, 7.5, 30.0]))["FPR95"] == 0.75
     assert ood_metrics(inside, np.array([0.0, 0.5]))["FPR95"] == 0
     assert ood_metrics(inside, np.array([1.5]))["FPR95"] == 1, "of the points at exactly 95 %, the highest"
-
-
-def test_id_is_the_positive_class():
     inside, outside = np.array([1.0, 1, 1, 0]), np.array([0.0] * 15 + [1.0])
     assert ood_metrics(inside, outside)["FPR95"] == pytest.approx(1 / 16 + 15 / 16 * (0.95 - 0.75) / 0.25)
-    assert ood_metrics(-outside, -inside)["FPR95"] == pytest.approx(0.25 + 0.75 * (0.95 - 15 / 16) * 16)
 
 
 def test_separated_reversed_and_equal_scores():
@@ -80,20 +76,14 @@ def test_scores_may_be_lists_or_tensors():
     assert ood_metrics(torch.tensor(inside).double(), torch.tensor(outside).double()) == expected
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_not_finite_are_refused(bad):
-    good, broken = np.array([0.0, 1.0]), np.array([0.0, bad, 1.0])
-    with pytest.raises(ValueError, match="id_scores: 1 of 3"):
-        ood_metrics(broken, good)
-    with pytest.raises(ValueError, match="ood_scores: 1 of 3"):
-        ood_metrics(good, broken)
-
-
-def test_an_empty_side_is_refused():
-    with pytest.raises(ValueError, match="id_scores: empty"):
-        ood_metrics(np.array([]), np.array([1.0]))
-    with pytest.raises(ValueError, match="ood_scores: empty"):
-        ood_metrics(np.array([1.0]), np.array([]))
+@pytest.mark.parametrize("function", [ood_metrics, lambda *sides: bootstrap_interval(*sides, "AUROC", 10)])
+@pytest.mark.parametrize("bad", [[], [0.0, float("nan"), 1.0], [0.0, float("inf"), 1.0], [0.0, -float("inf"), 1.0]])
+def test_bad_scores_are_refused(function, bad):
+    message = "1 of 3 scores are NaN or infinite" if bad else "empty"
+    with pytest.raises(ValueError, match=f"^id_scores: {message}"):
+        function(bad, [0.0, 1.0])
+    with pytest.raises(ValueError, match=f"^ood_scores: {message}"):
+        function([0.0, 1.0], bad)
 
 
 SIDE = st.lists(st.integers(-50, 50), min_size=1, max_size=30)
@@ -144,15 +134,12 @@ def test_an_interval_of_equal_or_separated_scores():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("metric", "draws", "message"),
     [
-        (([1.0], [0.0], "F1", 10), "metric='F1': expected one of AUROC, FPR95, AUPR_IN, AUPR_OUT"),
-        (([1.0], [0.0], "AUROC", 0), "draws=0: expected at least 1"),
-        (([], [0.0], "AUROC", 10), "id_scores: empty"),
-        (([1.0], [float("nan")], "AUROC", 10), "ood_scores: 1 of 1 scores are NaN"),
+        ("F1", 10, "metric='F1': expected one of AUROC, FPR95, AUPR_IN, AUPR_OUT"),
+        ("AUROC", 0, "draws=0: expected at least 1"),
     ],
 )
-def test_bad_arguments_of_an_interval_are_refused(arguments, message):
-    with pytest.raises(ValueError) as error:
-        bootstrap_interval(*arguments)
-    assert message in str(error.value)
+def test_bad_arguments_of_an_interval_are_refused(metric, draws, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_interval([1.0], [0.0], metric, draws)

@@ -68,8 +68,8 @@ def test_features_are_unit_length_float32(family):
 def test_text_features_are_open_clips(family):
     tokens = tokens_of(family)
     expected = family.base.encode_text(tokens, normalize=True)
-    torch.testing.assert_close(family.encode_text(tokens), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(family.encode_no_text(tokens), expected, rtol=1e-5, atol=1e-6)  # a copy, prompts zero
+    torch.testing.assert_close(family.encode_text(tokens), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(family.encode_no_text(tokens), expected, rtol=1e-4, atol=1e-5)  # a copy, prompts zero
 
 
 def test_only_the_no_tower_learns_and_all_of_it(family):
@@ -181,13 +181,12 @@ def test_an_unknown_name_is_an_error_with_the_choices(name, pretrained, error, m
             clipn.get_tokenizer(name)
 
 
-@pytest.mark.parametrize(
-    "text, message", [('{"embed_dim": 3}', "vision_cfg, text_cfg is missing"), ("{", "not valid JSON")]
-)
-def test_a_file_that_is_not_a_model_config_is_an_error(tmp_path, text, message):
-    (tmp_path / "other.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"other\.json: .*{message}"):
-        clipn.get_tokenizer(str(tmp_path / "other.json"))
+def test_a_file_that_is_not_a_model_config_is_an_error(tmp_path):
+    path = tmp_path / "other.json"
+    for text, message in (('{"embed_dim": 3}', "vision_cfg, text_cfg is missing"), ("{", "not valid JSON")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"other\.json: .*{message}"):
+            clipn.get_tokenizer(str(path))
 
 
 def test_the_weights_decide_the_activation(tmp_path, small_config):

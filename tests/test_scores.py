@@ -1,9 +1,9 @@
 """Scores and decisions against plain loops."""
 
+import itertools
 import math
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -74,20 +74,11 @@ def test_decisions_are_those_of_a_plain_loop(pair):
     assert actual == expected
 
 
-def test_a_small_case_by_hand():
+def test_decisions_by_hand():
     """Two classes of equal probability; the no tower favours yes for the first and no for the second."""
     yes, no = torch.tensor([[0.0, 0.0]]), torch.tensor([[-math.log(3), math.log(3)]])
     assert torch.allclose(p_yes(yes, no), torch.tensor([[0.75, 0.25]]))
-    expected = {"MSP": 0.5, "MaxLogit": 0, "Energy": math.log(2), "MCM": 0.5, "ATD": 0.5 * 0.75 + 0.5 * 0.25}
-    expected |= {"Entropy": -math.log(2), "Variance": 0}
-    for name, value in expected.items():
-        assert SCORES[name](yes, no).item() == pytest.approx(value), name
     assert DECISIONS["ATD"](yes, no).tolist() == [True], "unknown 0.5 against 0.375 and 0.125"
-    assert SCORES["CTW"](yes + torch.tensor([[0.1, 0.0]]), no).item() == pytest.approx(sigmoid(0.1 + math.log(3)))
-
-
-def test_ctw_keeps_an_image_at_exactly_one_half():
-    yes = torch.tensor([[3.0, 1.0]])
     assert DECISIONS["CTW"](yes, yes).tolist() == [False], "OOD needs p_no above one half"
 
 
@@ -100,18 +91,17 @@ def test_higher_means_in_distribution():
         assert decide(sure, no_low).tolist() == [False] and decide(unsure, no_high).tolist() == [True]
 
 
-@pytest.mark.parametrize("name", ["MSP", "MaxLogit", "Energy", "MCM", "Entropy", "Variance"])
-def test_scores_of_clip_alone_ignore_the_no_tower(name):
+def test_scores_of_clip_alone_ignore_the_no_tower():
     yes = torch.tensor([[3.0, 1.0]])
-    assert torch.equal(SCORES[name](yes, None), SCORES[name](yes, torch.tensor([[9.0, -9.0]])))
+    for name in set(SCORES) - {"CTW", "ATD"}:
+        assert torch.equal(SCORES[name](yes, None), SCORES[name](yes, torch.tensor([[9.0, -9.0]])))
 
 
 def test_huge_logits_stay_finite():
     rows = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [1e4, 1e4, 1e4], [-1e4, 0.0, 1e4]])
-    for yes in (rows, -rows):
-        for no in (rows, -rows):
-            for name, score in SCORES.items():
-                values = score(yes, no, 100.0)
-                assert torch.isfinite(values).all(), name
-                if name in ("MSP", "MCM", "CTW", "ATD"):
-                    assert ((values >= 0) & (values <= 1 + 1e-6)).all(), name
+    for yes, no in itertools.product((rows, -rows), repeat=2):
+        for name, score in SCORES.items():
+            values = score(yes, no, 100.0)
+            assert torch.isfinite(values).all(), name
+            if name in ("MSP", "MCM", "CTW", "ATD"):
+                assert ((values >= 0) & (values <= 1 + 1e-6)).all(), name
