@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from open_clip.pretrained import get_pretrained_cfg
 
 from clipn.evaluation.record import RECORD, read_record
+from clipn.model.checkpoint import checkpoint_folder
 from clipn.report.tables import decisions_table, markdown, results_table
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ def run_facts(content: dict[str, Any], file: Path, weights_sha256: str) -> dict[
     weights_sha256: of the checkpoint's model; results of other weights are left out.
     """
     config, training = content.get("config") or {}, content.get("training") or {}
-    record = _record(file.parent.parent, weights_sha256)
+    folder = file.parent.parent
+    record = _record(folder, weights_sha256) if file.parent == checkpoint_folder(folder) else {}
     config = config | {"eval": record.get("eval")}
     return {
         "name": str(content.get("name") or file.stem),
@@ -47,8 +49,8 @@ def run_facts(content: dict[str, Any], file: Path, weights_sha256: str) -> dict[
         "pairs": training.get("pairs", content.get("pairs")),
         "config": _public(config) | ({"base": _public(config["base"])} if config.get("base") else {}),
         "class_names": record.get("class_names"),
-        "results": _rows(file.parent.parent / "results.csv") if record else [],
-        "decisions": _rows(file.parent.parent / "decisions.csv") if record else [],
+        "results": _rows(folder / "results.csv") if record else [],
+        "decisions": _rows(folder / "decisions.csv") if record else [],
     }
 
 
@@ -67,10 +69,11 @@ def model_card(facts: dict[str, Any], repo: str | None = None) -> str:
 def _metadata(facts: dict[str, Any], title: str) -> ModelCardData:
     """The hub's own fields. Without a license the hub shows none."""
     hub = get_pretrained_cfg(facts["model_name"], facts["pretrained"]).get("hf_hub") if facts["pretrained"] else None
-    task = {"task_type": "zero-shot-image-classification", "task_name": "Out-of-distribution detection"}
+    task = "zero-shot-image-classification"
     results = [
         EvalResult(
-            **task,
+            task_type=task,
+            task_name="Out-of-distribution detection",
             dataset_type="image-folder",
             dataset_config=row["ood_set"],
             dataset_name=f"{row['id_set']} (ID), {row['ood_set']} (OOD)",
@@ -84,7 +87,7 @@ def _metadata(facts: dict[str, Any], title: str) -> ModelCardData:
     return ModelCardData(
         license=facts["license"],
         library_name="clipn",
-        pipeline_tag="zero-shot-image-classification",
+        pipeline_tag=task,
         tags=["clipn", "clip", "open_clip", "out-of-distribution-detection"],
         base_model="/".join(hub.split("/")[:2]) if hub else None,
         base_model_relation="adapter" if hub else None,
