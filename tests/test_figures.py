@@ -119,6 +119,8 @@ def test_any_name_and_many_sets_can_be_drawn(tmp_path):
         for number, figure in enumerate(drawn):
             save_figure(figure, tmp_path / f"{number}.png")
     assert [len(figure.axes) for figure in drawn] == [3, 3, 2]
+    id_area, *outlines = drawn[0].axes[0].patches
+    assert to_rgb(id_area.get_facecolor()) not in colours(outlines), "no OOD set has the colour of the ID set"
     assert len(drawn[0].legends[0].get_texts()) == 12 and len(drawn[2].legends[0].get_texts()) == 3
     assert len(drawn[1].axes[0].get_legend().get_texts()) == 11, "no curve is hidden by its name"
 

@@ -130,7 +130,8 @@ def run_number(rows: pd.DataFrame) -> pd.Series:
 
 def percent(values: pd.Series) -> str:
     """The mean in percent, with the standard deviation if there are several values."""
-    return f"{100 * values.mean():.2f}" + (f" ± {100 * values.std():.2f}" if len(values) > 1 else "")
+    values = 100 * values
+    return f"{values.mean():.2f}" + (f" ± {values.std():.2f}" if len(values) > 1 else "")
 
 
 def latex_text(text: str) -> str:
