@@ -79,7 +79,7 @@ def test_each_image_is_a_row_with_the_detectors_result(run, checkpoint, photos, 
     for row, result in zip(rows(csv_file), detector.predict(names_of(csv_file)), strict=True):
         assert (row.label, row.is_ood, row.error) == (result.label, str(result.is_ood), "")
         numbers = [float(row.score), float(row.p_yes), float(row.p_no)]
-        assert numbers == pytest.approx([result.score, result.p_yes, result.p_no], rel=1e-4)
+        assert numbers == pytest.approx([result.score, result.p_yes, result.p_no], rel=1e-3)
     printed = capsys.readouterr()
     assert "done: 5 images" in printed.err and str(csv_file) in printed.err and not printed.out
 
