@@ -6,6 +6,7 @@ import json
 import logging
 import lzma
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from helpers import numbered_samples, write_shard
 from PIL import Image
 
 from clipn.config.loading import load_config
-from clipn.config.schema import DataConfig
+from clipn.config.schema import Config, DataConfig
 from clipn.model.base import build_base
-from clipn.model.checkpoint import write_checkpoint
+from clipn.model.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 from clipn.model.clipn import CLIPN
 from clipn.training.loop import train
 
@@ -121,6 +122,22 @@ def finished_run(tmp_path_factory, base_clip) -> Path:
     config = load_config(write_config(tmp_path_factory.mktemp("finished"), base_clip))
     train(config)
     return Path(config.run.dir)
+
+
+@pytest.fixture
+def finished(config_file, finished_run) -> Config:
+    """The config of a finished run, in a folder that the test may change."""
+    config = load_config(config_file)
+    shutil.copytree(finished_run, config.run.dir)
+    return config
+
+
+@pytest.fixture(scope="session")
+def straight(finished_run, base_clip, tmp_path_factory) -> dict[str, dict]:
+    """Each objective's weights at the end of an undisturbed run of `config_file`."""
+    config_file = write_config(tmp_path_factory.mktemp("straight"), base_clip)
+    ends = {"clipn": last_checkpoint(finished_run), "clip": train(load_config(config_file, ["train.objective=clip"]))}
+    return {objective: read_checkpoint(path)["state_dict"] for objective, path in ends.items()}
 
 
 @pytest.fixture

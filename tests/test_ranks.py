@@ -1,4 +1,4 @@
-"""Many ranks: one process's numbers, one exit code, each image once."""
+"""Many ranks: the numbers of one process, one exit code, each image once."""
 
 import json
 import logging
@@ -6,45 +6,32 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import write_clipn
-from helpers import numbered_samples, write_images, write_shard
+from helpers import numbered_samples, run_ranks, write_images, write_shard
 from test_train import ROOT, assert_same, weights
+from torch import nn
 
+import clipn.training.loop
+import clipn.training.objectives
 from clipn.config.loading import load_config
-from clipn.evaluation.evaluate import evaluate
+from clipn.pipeline import run_evaluation
+from clipn.runtime import distributed
 from clipn.runtime.console import FAILED
-from clipn.runtime.signals import RESUME
+from clipn.runtime.distributed import choose_device, process_group, rank
+from clipn.runtime.signals import RESUME, Interrupted
 from clipn.training.loop import train
+from clipn.training.objectives import sync_batch_norm
 from clipn.training.run_folder import newest_checkpoint
 
-
-def start(ranks: int, *arguments: object) -> subprocess.Popen:
-    """A script on many ranks."""
-    return _start("scripts/launch.py", "--standalone", f"--nproc_per_node={ranks}", *arguments)
-
-
-def start_training(ranks: int, *arguments: object) -> subprocess.Popen:
-    """What `NPROC=ranks sh run.sh` starts."""
-    return _start("-m", "clipn", "train", *arguments, NPROC=str(ranks), CLIPN_COMMAND="sh run.sh mine.yaml")
-
-
-def _start(*arguments: object, **variables: str) -> subprocess.Popen:
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output[-3000:]
-    return output
+# Where n = g, as at the start, TSO's gradient is mostly rounding, and with a tiny eps Adam turns the rounding of a
+# gradient near 0 into a whole step.
+COMPARABLE = ["train.eps=1e-2"]
 
 
 def lines(folder: Path) -> list[dict]:
@@ -52,90 +39,140 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def wait_for_steps(folder: Path, steps: int) -> None:
-    for _ in range(2400):
-        if len(lines(folder)) >= steps:
-            return
-        time.sleep(0.05)
-    raise TimeoutError
+def train_rank(config_file: Path, words: list[str]) -> None:
+    with process_group(choose_device("cpu")):
+        train(load_config(config_file, words))
 
 
 @pytest.fixture
 def uneven(tmp_path):
-    """Two shards of 3 and 17 pairs, for ranks of two workers each: in each epoch 2 pairs fill no batch of 6."""
-    paths = [
-        write_shard(tmp_path / f"{size}.tar", numbered_samples(size, first=first))
-        for size, first in ((3, 20), (17, 40))
-    ]
-    return [f"data.shards=[{','.join(map(str, paths))}]", "data.workers=2"]
-
-
-@pytest.fixture
-def long_run(tmp_path):
-    """2 epochs of 300 steps, where n is not g: there, as at the very start, TSO's gradient is mostly rounding."""
-    shard = write_shard(tmp_path / "many.tar", numbered_samples(1800))
+    """Two shards of 3 and 17 pairs, so that in each epoch 2 pairs fill no batch of 6; n is not g."""
+    sizes = ((3, 20), (17, 40))
+    paths = [write_shard(tmp_path / f"{size}.tar", numbered_samples(size, first=first)) for size, first in sizes]
     start = write_clipn(tmp_path / "start.pt")
-    return [f"data.shards={shard}", f"model.pretrained={start}", "train.checkpoint_every_steps=25", "train.eps=1e-2"]
+    return [f"data.shards=[{','.join(map(str, paths))}]", f"model.pretrained={start}", *COMPARABLE]
 
 
-@pytest.mark.parametrize("ranks, objective", [(2, "clipn"), (3, "clipn"), (2, "clip")])
-def test_many_ranks_are_one_process(config_file, uneven, tmp_path, ranks, objective):
-    # With a tiny eps, Adam turns the rounding of a gradient that is nearly 0 into a whole step.
-    more = [*uneven, f"train.objective={objective}", "train.eps=1e-2"]
-    if objective == "clipn":
-        more.append(f"model.pretrained={write_clipn(tmp_path / 'start.pt')}")
-    alone = train(load_config(config_file, [*more, "data.workers=0", f"run.dir={tmp_path}/alone"]))
-    output = finish(start(ranks, "scripts/train.py", config_file, *more))
+@pytest.mark.parametrize("ranks, objective, workers", [(3, "clipn", 2), (2, "clip", 0)])
+def test_many_ranks_are_one_process(config_file, base_clip, uneven, tmp_path, ranks, objective, workers):
+    words = [*uneven, f"train.objective={objective}", f"data.workers={workers}"]
+    if objective == "clip":
+        words.append(f"model.pretrained={base_clip}/clip.pt")
+    alone = train(load_config(config_file, [*words, "data.workers=0", f"run.dir={tmp_path}/alone"]))
+    run_ranks(ranks, train_rank, config_file, words)
     assert_same(weights(alone), weights(tmp_path / "run/checkpoints/last.pt"), rtol=2e-4, atol=2e-5)
     first, second = lines(tmp_path / "alone"), lines(tmp_path / "run")
     assert [line["step"] for line in second] == [1, 2, 3, 4, 5, 6]
-    for name in {"loss", "itbo_yes", "tso", "logit_no_matched", "logit_yes_unmatched"} & first[0].keys():
+    for name in {"loss", "grad_norm", "itbo_yes", "tso", "logit_no_matched", "logit_yes_unmatched"} & first[0].keys():
         assert [line[name] for line in second] == pytest.approx([line[name] for line in first], rel=1e-4, abs=1e-4)
-    assert "2 pairs fill no batch: each epoch leaves out that many" in output
 
 
-def test_ranks_stopped_on_request_say_so_and_one_process_goes_on(config_file, long_run, tmp_path, caplog):
-    process = start_training(2, config_file, *long_run)
-    wait_for_steps(tmp_path / "run", 30)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == RESUME, output[-3000:]
-    assert "the same command goes on from there: sh run.sh mine.yaml" in output
-    step = newest_checkpoint(tmp_path / "run/checkpoints")[1]["training"]["step"]
-    assert step == len(lines(tmp_path / "run")) < 600
+def train_with_a_stalled_rank(config_file: Path, words: list[str]) -> None:
+    """Rank 1 waits for ever for its third batch, and is asked to stop while it waits."""
+
+    def stalled(config, *arguments):
+        loader, steps = training_loader(config, *arguments)
+        batches = iter(loader)
+
+        def some():
+            yield next(batches)
+            yield next(batches)
+            if rank() == 1:
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                threading.Event().wait()
+            yield next(batches)
+
+        return some(), steps
+
+    training_loader = clipn.training.loop.training_loader
+    clipn.training.loop.training_loader = stalled
+    with pytest.raises(Interrupted) as stopped:
+        train_rank(config_file, words)
+    reason = f"signal {int(signal.SIGTERM)}" if rank() == 1 else "another rank's signal"
+    Path(config_file).with_name(f"stopped_{os.environ['RANK']}").write_text(f"{reason} {stopped.value}")
+
+
+def test_a_stop_request_to_a_rank_without_data_stops_all_and_one_process_resumes(config_file, uneven, tmp_path, caplog):
+    run_ranks(2, train_with_a_stalled_rank, config_file, uneven)
+    for number, reason in enumerate(("another rank's signal", "signal 15")):
+        assert f"stopped by {reason} after step 2 of 6" in (tmp_path / f"stopped_{number}").read_text()
+    assert newest_checkpoint(tmp_path / "run/checkpoints")[1]["training"]["step"] == 2
     with caplog.at_level(logging.INFO):
-        last = train(load_config(config_file, long_run))
-    assert "going on with 1 ranks instead of 2: each now has 6 pairs" in caplog.text
-    straight = train(load_config(config_file, [*long_run, f"run.dir={tmp_path}/straight"]))
-    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 601))
+        last = train(load_config(config_file, uneven))
+    assert "resuming with 1 ranks instead of 2: each now has 6 pairs" in caplog.text
+    straight = train(load_config(config_file, [*uneven, f"run.dir={tmp_path}/straight"]))
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert_same(weights(straight), weights(last), rtol=5e-3, atol=5e-4)
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(config_file, long_run, tmp_path):
-    process = start_training(2, config_file, *long_run)
-    wait_for_steps(tmp_path / "run", 60)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == FAILED and "exit code -9" in output, output[-3000:]
-    kept = newest_checkpoint(tmp_path / "run/checkpoints")[1]["training"]["step"]
-    assert kept >= 50
-    output = finish(start(2, "scripts/train.py", config_file, *long_run))
-    assert f"from step {kept}" in output
-    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 601))
-
-
-def test_each_image_is_judged_once_on_three_ranks(config_file, tmp_path):
+def test_each_image_is_evaluated_once_on_three_ranks(config_file, tmp_path):
     write_images(tmp_path / "id", *(f"{name}/{n}.png" for name in ("cat", "dog") for n in range(5)))
     write_images(tmp_path / "ood", *(f"{n}.png" for n in range(7)))
     (tmp_path / "ood/3.png").write_bytes(b"no image")
-    more = [f"eval.id={tmp_path}/id", f"eval.ood={tmp_path}/ood", "features.part_size=2", "eval.class_names=folders"]
-    more.append(f"eval.checkpoints={write_clipn(tmp_path / 'clipn.pt')}")
-    arguments = ["zero_shot_infer.py", "--config", config_file, *more]
-    alone = evaluate(load_config(config_file, [*more, f"run.dir={tmp_path}/alone"]))
-    output = finish(start(3, *arguments))
-    assert output.count("done: ") == 1
-    together = pd.read_csv(tmp_path / "run/results.csv")
-    pd.testing.assert_frame_equal(together, pd.read_csv(tmp_path / "alone/results.csv"), rtol=1e-4)
-    assert [len(found.images) for found in alone.found.values()] == [10, 6]
+    words = [f"eval.id={tmp_path}/id", f"eval.ood={tmp_path}/ood", "features.part_size=2", "eval.class_names=folders"]
+    words.append(f"eval.checkpoints={write_clipn(tmp_path / 'clipn.pt')}")
+    run_evaluation(str(config_file), [*words, f"run.dir={tmp_path}/alone"])
+    run_ranks(3, run_evaluation, str(config_file), words)
+    alone, together = (pd.read_csv(tmp_path / name / "results.csv") for name in ("alone", "run"))
+    pd.testing.assert_frame_equal(together, alone, rtol=1e-4)
     assert "3.png" in (tmp_path / "run/results.md").read_text()
+
+
+def test_batch_norm_is_synchronised_on_gpus_and_warned_about_elsewhere(monkeypatch, caplog):
+    def tower():
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    assert isinstance(sync_batch_norm(tower(), choose_device("cpu"))[1], nn.BatchNorm2d) and not caplog.text
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 4)
+    import torch
+
+    synchronised = sync_batch_norm(tower(), torch.device("cuda"))
+    assert isinstance(synchronised[1], nn.SyncBatchNorm) and not caplog.text
+    assert synchronised.state_dict().keys() == tower().state_dict().keys(), "checkpoints stay the same"
+    sync_batch_norm(nn.Sequential(nn.LayerNorm(4)), torch.device("cpu"))
+    assert not caplog.text
+    assert isinstance(sync_batch_norm(tower(), torch.device("cpu"))[1], nn.BatchNorm2d)
+    assert "each of the 4 ranks normalises by its own share" in caplog.text
+
+
+def start_training(*words: object) -> subprocess.Popen:
+    """What `NPROC=2 sh run.sh` starts."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC": "2", "CLIPN_COMMAND": "sh run.sh 'my config.yaml'"}
+    command = [sys.executable, "-m", "clipn", "train", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    while not any(line["step"] >= step for line in lines(folder)):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.05)
+
+
+def last_step(folder: Path) -> int:
+    return newest_checkpoint(folder / "checkpoints")[1]["training"]["step"]
+
+
+def test_a_killed_rank_ends_the_others_and_a_stop_request_ends_all_with_a_checkpoint(config_file, tmp_path):
+    run = tmp_path / "run"
+    words = [config_file, "train.epochs=100000", "train.checkpoint_every_steps=5", "data.workers=1"]
+    process = start_training(*words)
+    wait_for_step(run, 12, process)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == FAILED and "exit code -9; the same command resumes" in output, output[-3000:]
+    kept = last_step(run)
+    assert kept >= 5
+
+    process = start_training(*words)
+    wait_for_step(run, kept + 6, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == RESUME, output[-3000:]
+    assert f"from step {kept}" in output
+    assert "the same command resumes from it: sh run.sh 'my config.yaml'" in output
+    steps = [line["step"] for line in lines(run)]
+    assert steps == list(range(1, last_step(run) + 1)), "no step is lost or logged twice"

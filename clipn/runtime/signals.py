@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
@@ -41,10 +42,16 @@ def end_stalled_read() -> None:
         raise StalledRead("a read stalls after a stop request")
 
 
-def share_stop(stop_time: Any) -> None:
-    """Use the main process's time of the stop request: for start methods that do not fork."""
+def scan_pool(workers: int) -> ProcessPoolExecutor:
+    """A pool whose processes ignore stop signals, and end stalled reads when the main process is asked to stop."""
+    return ProcessPoolExecutor(workers, initializer=_follow_main_process, initargs=(_stop_time,))
+
+
+def _follow_main_process(stop_time: Any) -> None:
     global _stop_time
     _stop_time = stop_time
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _note_stop() -> None:
@@ -116,7 +123,8 @@ def ignore_stop_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has no sender of a signal: SIGTERM keeps its action there
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+        parent = multiprocessing.parent_process().pid  # os.getppid() may be a fork server
+        threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -105,6 +105,7 @@ class Run:
 
     def __init__(self, config: Config, objective: Objective, device: torch.device, pairs: Pairs | None = None) -> None:
         self.config, self.objective, self.device = config, objective, device
+        self.settings = to_dict(config)
         self.optimizer = build_optimizer(objective.trained, config.train)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         barrier()  # ranks load weights at different speeds, and DistributedDataParallel waits for minutes only
@@ -319,7 +320,7 @@ class Run:
             "state_dict": self.objective.published_state(),
             "preprocess": dict(self.objective.preprocess),
             "architecture": self.objective.architecture,
-            "config": to_dict(self.config),
+            "config": self.settings,
             "training": {
                 "format": FORMAT,
                 "step": self.step,

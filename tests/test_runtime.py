@@ -1,0 +1,87 @@
+"""Devices, signals of worker processes, and errors of the device in one line."""
+
+import logging
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_train import ROOT
+
+from clipn.runtime.console import FAILED, fail_in_one_line
+from clipn.runtime.distributed import choose_device, process_group
+from clipn.runtime.signals import ignore_stop_signals
+
+
+def test_mps_is_a_device_of_one_process_where_it_is_available(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == torch.device("mps")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device=mps: runs in one process"), process_group(choose_device("mps")):
+        pass
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device=mps: not available"):
+        choose_device("mps")
+
+
+@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:x", ""])
+def test_another_device_is_refused_with_the_choices(name):
+    with pytest.raises(ValueError, match="expected auto, cpu, cuda, cuda:N or mps"):
+        choose_device(name)
+
+
+def test_an_operation_that_mps_lacks_is_one_line_with_the_way_out(caplog):
+    def fails(message):
+        raise NotImplementedError(message)
+
+    torchs = "The operator 'aten::x' is not currently implemented for the MPS device. If you want this op ...\nsee ..."
+    with pytest.raises(SystemExit) as stopped:
+        fail_in_one_line(lambda: fails(torchs))
+    (record,) = caplog.records
+    assert stopped.value.code == FAILED and record.levelno == logging.ERROR
+    assert record.getMessage().startswith("error: The operator 'aten::x' is not currently implemented for the MPS")
+    assert all(words in record.getMessage() for words in ("PYTORCH_ENABLE_MPS_FALLBACK=1", "run.device=cpu"))
+    with pytest.raises(NotImplementedError, match="of our own"):
+        fail_in_one_line(lambda: fails("an error of our own"))
+
+
+def answer(pipe) -> None:
+    ignore_stop_signals(0)
+    pipe.send("ready")
+    pipe.send(pipe.recv())
+    pipe.recv()
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_worker_ends_on_its_parents_sigterm_alone(method):
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    worker = context.Process(target=answer, args=(there,), daemon=True)
+    worker.start()
+    assert here.recv() == "ready"
+    for number in ("INT", "TERM"):  # as from a terminal or a cluster
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    here.send("alive")
+    assert here.recv() == "alive"
+    worker.terminate()
+    worker.join(timeout=60)
+    assert worker.exitcode == 0
+
+
+def test_a_process_ends_while_its_loader_is_alive(config_file):
+    script = f"""
+import torch
+from clipn.config.loading import load_config
+from clipn.data.pairs import open_pairs, training_loader
+config = load_config({str(config_file)!r}, ["data.workers=1"])
+preprocess = {{"size": 32, "mode": "RGB", "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}}
+preprocess |= {{"resize_mode": "shortest", "fill_color": 0}}
+tokenizer = lambda texts: torch.zeros(len(texts), 16, dtype=torch.long)
+batches = iter(training_loader(config, open_pairs(config.data), preprocess, tokenizer)[0])
+print(next(batches)["tokens"].shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=90, start_new_session=True
+    )
+    assert done.returncode == 0 and "torch.Size([6, 16])" in done.stdout, done.stderr
