@@ -1,4 +1,4 @@
-"""Settings: what is read, what is refused, and how a mistake is told."""
+"""Settings: what is read, what is refused, and the one line that says why."""
 
 import re
 
@@ -17,20 +17,20 @@ SECTIONS = "run, world, model, data, features, train, eval, base"
 def write(tmp_path):
     """Write a config file and give its path."""
 
-    def _write(text: str, name: str = "my_config.yaml"):
-        path = tmp_path / name
+    def _write(text: str):
+        path = tmp_path / "my_config.yaml"
         path.write_text(text, encoding="utf-8")
         return path
 
     return _write
 
 
-def complaint(path, *overrides: str) -> str:
-    """The one line that `load_config` answers with."""
+def message_of(path, *overrides: str) -> str:
+    """The error of `load_config`, which is one line."""
     with pytest.raises(ValueError) as error:
         load_config(path, overrides)
     message = str(error.value)
-    assert message and "\n" not in message, "one line"
+    assert message and len(message.splitlines()) == 1
     return message
 
 
@@ -59,8 +59,7 @@ def test_a_file_changes_only_what_it_names(write):
 
 
 def test_numbers_without_a_point_are_numbers(write):
-    """YAML 1.1 calls 3e-4 a text."""
-    lr = load_config(write("train: {lr: 3e-4}")).train.lr
+    lr = load_config(write("train: {lr: 3e-4}")).train.lr  # a text in YAML 1.1
     assert isinstance(lr, float) and lr == 3e-4
 
 
@@ -68,6 +67,9 @@ def test_words_of_the_command_line_win_and_the_last_one_counts(write):
     path = write("train: {lr: 0.1, epochs: 3}\nrun: {dir: here}\n")
     config = load_config(path, ["train.lr=1e-3", "train.lr=1e-2", "run.dir=a=b", "model.pretrained=null"])
     assert (config.train.lr, config.train.epochs, config.run.dir, config.model.pretrained) == (1e-2, 3, "a=b", None)
+
+
+TYPED_AS_IT_IS = ["a space", "2024_11_21", "0123", "1:30", "yes", "1e5", "a: b", "[x]", "null1", "a=b"]
 
 
 @pytest.mark.parametrize(
@@ -78,11 +80,12 @@ def test_words_of_the_command_line_win_and_the_last_one_counts(write):
         ("data.shards=[a.tar,b.tar]", "data", "shards", ["a.tar", "b.tar"]),
         ("train.betas=[0.5,0.6]", "train", "betas", [0.5, 0.6]),
         ("run.device=cuda:1", "run", "device", "cuda:1"),
-        ("run.dir=runs/with a space", "run", "dir", "runs/with a space"),
+        ("run.device=mps", "run", "device", "mps"),
+        *((f"run.dir={name}", "run", "dir", name) for name in TYPED_AS_IT_IS),
         ("eval.class_names=[night owl, cat]", "eval", "class_names", ["night owl", "cat"]),
     ],
 )
-def test_words_of_many_kinds(write, word, section, key, value):
+def test_values_of_many_kinds(write, word, section, key, value):
     assert getattr(getattr(load_config(write(""), [word]), section), key) == value
 
 
@@ -121,11 +124,8 @@ def test_saved_settings_are_read_back(write, tmp_path):
 # The base's own run
 
 
-def test_no_base_no_run():
+def test_the_base_differs_key_by_key_and_has_its_own_folder(write):
     assert base_config(Config()) is None
-
-
-def test_the_base_differs_key_by_key_and_runs_beside(write):
     config = load_config(
         write(
             "run: {dir: runs/x, seed: 5, seeds: [5, 6]}\ntrain: {lr: 0.1, epochs: 9}\n"
@@ -142,7 +142,7 @@ def test_the_base_differs_key_by_key_and_runs_beside(write):
     assert config.train.epochs == 9, "the run itself is as it was"
 
 
-# What is refused, and how
+# What is refused
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_the_base_differs_key_by_key_and_runs_beside(write):
 )
 def test_an_unknown_key_is_named_with_the_choices(write, text, key, near, choices):
     path = write(text)
-    message = complaint(path)
+    message = message_of(path)
     assert message.startswith(str(path))
     assert f"{key}: unknown key" in message and near in message and choices in message
     assert ("base" in message.split(key)[0]) == text.startswith("base")
@@ -208,129 +208,96 @@ WRONG = [
 
 
 @pytest.mark.parametrize("section, key, value, expected", WRONG)
-def test_an_impossible_value_in_a_file_is_named(write, section, key, value, expected):
-    path = write(f"{section}: {{{key}: {value}}}")
-    message = complaint(path)
-    assert message.startswith(str(path)) and f"{section}.{key}" in message and expected in message
+def test_an_impossible_value_is_named_with_its_place(write, section, key, value, expected):
+    for source, text, words in (
+        ("my_config.yaml: ", f"{section}: {{{key}: {value}}}", []),
+        ("command line", "", ["run.dir=fine", f"{section}.{key}={value}"]),
+    ):
+        message = message_of(write(text), *words)
+        assert message.removeprefix(str(write(text).parent) + "/").startswith(source)
+        assert f"{section}.{key}" in message and expected in message
+        assert not words or "my_config.yaml" not in message
 
 
-@pytest.mark.parametrize("section, key, value, expected", WRONG)
-def test_an_impossible_value_on_the_command_line_is_named(write, section, key, value, expected):
-    path = write("")
-    message = complaint(path, "run.dir=fine", f"{section}.{key}={value}")
-    assert message.startswith("command line") and f"{section}.{key}" in message and expected in message
-    assert str(path) not in message
-
-
-def test_an_impossible_value_in_base_is_told_before_any_work(write):
+def test_an_impossible_value_in_base_is_reported_before_any_work(write):
     path = write("base: {train: {epochs: 0}}")
-    message = complaint(path)
+    message = message_of(path)
     assert message.startswith(str(path)) and "base" in message and "train.epochs=0" in message
-
-
-def test_a_mistake_in_base_from_the_command_line_is_told_as_such(write):
-    message = complaint(write(""), "base.train.epochs=0")
-    assert "command line" in message and "train.epochs=0" in message
+    message = message_of(write(""), "base.train.epochs=0")
+    assert message.startswith("command line") and "train.epochs=0" in message
 
 
 @pytest.mark.parametrize("word, expected", [("data.source=features", "frozen"), ("train.micro_batch_size=2", "null")])
-def test_what_only_clipns_training_has_is_refused_for_clips_and_not_inherited_by_its_base(write, word, expected):
+def test_settings_of_clipns_training_are_refused_for_clips_and_not_inherited_by_its_base(write, word, expected):
     key = word.partition("=")[0]
-    message = complaint(write("train: {objective: clip}"), word)
+    message = message_of(write("train: {objective: clip}"), word)
     assert key in message and "train.objective=clip" in message and expected in message
     path = write("base: {train: {objective: clip}}")
     base = base_config(load_config(path, [word]))
     assert (base.data.source, base.train.micro_batch_size) == ("pairs", None)
-    message = complaint(path, word, f"base.{word}")
+    message = message_of(path, word, f"base.{word}")
     assert key in message and "base" in message
 
 
 def test_id_without_ood_is_refused(write):
-    assert "eval.ood" in complaint(write("eval: {id: folder}"))
+    assert "eval.ood" in message_of(write("eval: {id: folder}"))
 
 
 @pytest.mark.parametrize("text", ["train: 3", "train: [1]", "train: null", "train: fast"])
 def test_a_section_with_one_value_is_named(write, text):
     path = write(text)
-    message = complaint(path)
+    message = message_of(path)
     assert message.startswith(str(path)) and re.search(r"\btrain\b", message.split("the sections are")[0])
 
 
-HUGE = "0x" + "f" * 5000  # YAML reads it, Python does not write it out in digits
+HUGE = "0x" + "f" * 5000  # YAML reads it, Python does not write it in decimal
 
 
-@pytest.mark.parametrize(
-    "text", [f"train: {HUGE}", f"[{HUGE}]", f"train: {{epochs: -{HUGE}}}", f"train: {{lr: {HUGE}}}"]
-)
-def test_a_number_of_too_many_digits_is_told_with_the_file(write, text):
+NO_CONFIGS = {
+    "": [f"train: {HUGE}", f"[{HUGE}]", f"train: {{epochs: -{HUGE}}}", f"train: {{lr: {HUGE}}}", "run: {dir: '${'}"],
+    SECTIONS: ["3", "hello", "[1, 2]", "- run: 1"],
+    "not valid YAML": ["run: {dir: a", "a: b: c", "\t", "run: {a: 1}\nrun: {b: 1}\n", "&a [*a]"],
+    "my_config.yaml: ": ["train: {lr: !!float abc}", "train: {epochs: !!int ''}", "run: {dir: !!bool maybe}"],
+    "run.dir": ["run: {dir: '${nope}'}", "run: {dir: '${run.dir}'}"],
+}
+
+
+@pytest.mark.parametrize("expected, text", [(key, text) for key, texts in NO_CONFIGS.items() for text in texts])
+def test_a_file_that_is_no_config_is_named(write, text, expected):
     path = write(text)
-    message = complaint(path)
-    assert message.startswith(str(path)) and len(message) < 1000
-
-
-@pytest.mark.parametrize("text", ["3", "hello", "[1, 2]", "- run: 1"])
-def test_a_file_without_sections_is_told_the_sections(write, text):
-    path = write(text)
-    message = complaint(path)
-    assert message.startswith(str(path)) and SECTIONS in message
-
-
-@pytest.mark.parametrize("text", ["run: {dir: a", "a: b: c", "\t", "run:\n  dir: a\nrun:\n  dir: b\n", "&a [*a]"])
-def test_a_file_that_is_no_yaml_is_named(write, text):
-    path = write(text)
-    assert complaint(path).startswith(f"{path}: not valid YAML")
+    message = message_of(path)
+    assert message.startswith(str(path)) and expected in message and len(message) < 1000
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):
     path = tmp_path / "latin.yaml"
     path.write_bytes(b"run: {dir: d\xf6ner}")
-    assert complaint(path).startswith(str(path))
-
-
-@pytest.mark.parametrize("text", ["train: {lr: !!float abc}", "train: {epochs: !!int ''}", "run: {dir: !!bool maybe}"])
-def test_a_value_that_its_tag_does_not_fit_is_told_with_the_file(write, text):
-    path = write(text)
-    assert complaint(path).startswith(str(path))
+    assert message_of(path).startswith(str(path))
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
-        load_config(tmp_path / "nowhere.yaml")
-    with pytest.raises(FileNotFoundError):
-        load_config(tmp_path)
+    for path in (tmp_path / "nowhere.yaml", tmp_path):
+        with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+            load_config(path)
 
 
 @pytest.mark.parametrize("word", ["fast", "=3", "--lr", ""])
-def test_a_word_that_is_no_setting_is_told_the_form(write, word):
-    message = complaint(write(""), word)
+def test_a_word_without_a_setting_is_reported_with_the_form(write, word):
+    message = message_of(write(""), word)
     assert message.startswith("command line") and repr(word) in message and "key=value" in message
 
 
-@pytest.mark.parametrize("word", ["train.lrr=1", "lr=1", "train.lr.x=1", "train=3", "train.betas=[1", "run..dir=x"])
+WRONG_WORDS = ["train.lrr=1", "lr=1", "train.lr.x=1", "train=3", "train.betas=[1", "run..dir=x"]
+MANY_LINES = ["data=a\u2028b", "data=a\x1db", "train='a\n b'", "no=a\n b"]
+
+
+@pytest.mark.parametrize("word", [*WRONG_WORDS, *MANY_LINES, "train.betas[0]=0.5"])
 def test_a_wrong_word_is_quoted(write, word):
-    message = complaint(write(""), word)
-    assert message.startswith("command line") and word in message
+    message = message_of(write(""), word)
+    assert message.startswith("command line") and word.split("\n")[0].split("[0]")[0].splitlines()[0] in message
 
 
-@pytest.mark.parametrize("word", ["data=a\u2028b", "data=a\x1db", "train='a\n b'", "no=a\n b"])
-def test_a_word_of_many_lines_is_refused_in_one(write, word):
-    message = complaint(write(""), word)
-    assert message.startswith("command line") and len(message.splitlines()) == 1
-
-
-def test_an_item_of_a_list_cannot_be_set_but_the_word_is_told(write):
-    message = complaint(write(""), "train.betas[0]=0.5")
-    assert message.startswith("command line") and "train.betas" in message
-
-
-@pytest.mark.parametrize("value", ["${nope}", "${run.dir}", "${"])
-def test_a_reference_that_leads_nowhere_is_named(write, value):
-    path = write(f"run: {{dir: '{value}'}}")
-    message = complaint(path)
-    assert message.startswith(str(path)) and (value == "${" or "run.dir" in message)
-
-
-# Any file at all
+# Any text
 
 SCRAPS = ["run", "train", "base", "eval", "lr", "dir", ": ", "{", "}", "[", "]", "- ", "\n", "\n  ", "&a ", "*a", "${"]
 SCRAPS += ["!!int ", "!!float ", "!!timestamp ", "!!binary ", "!!set ", "'", '"', "3", "x", "~", "<<", "???", "|", "\t"]
@@ -362,7 +329,7 @@ def test_any_text_loads_or_is_refused_in_one_line(tmp_path, text):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(word=TEXTS | st.text(max_size=20).map(lambda text: f"train.lr={text}"))
 @example(word="train.lr=!!timestamp foo")
-def test_any_word_is_taken_or_refused_in_one_line(tmp_path, word):
+def test_any_word_is_accepted_or_refused_in_one_line(tmp_path, word):
     path = tmp_path / "empty.yaml"
     path.write_text("")
     try:
@@ -371,14 +338,8 @@ def test_any_word_is_taken_or_refused_in_one_line(tmp_path, word):
         assert "\n" not in str(error)
 
 
-def test_an_empty_base_on_the_command_line_drops_the_files(tmp_path):
+def test_an_empty_base_on_the_command_line_replaces_the_files(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("base: {train: {objective: clip}}\ntrain: {resume: some.pt}\n")
     assert base_config(load_config(path)).train.resume == "auto"
     assert base_config(load_config(path, ["base={}"])) is None
-
-
-@pytest.mark.parametrize("name", ["2024_11_21", "0123", "1:30", "yes", "1e5", "a: b", "[x]", "null1", "a=b"])
-def test_a_folders_name_stays_as_it_is_typed(tmp_path, name):
-    (tmp_path / "c.yaml").write_text("run: {seed: 1}\n")
-    assert load_config(tmp_path / "c.yaml", [f"run.dir={name}"]).run.dir == name
