@@ -6,8 +6,6 @@ run.dir/ablations.md and .csv. Worlds, bases and trainings that combinations sha
 resumes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import re
@@ -65,37 +63,34 @@ def parse(words: list[str]) -> tuple[list[str], list[list[str]]]:
     for word in words:
         key, _, values = word.partition("=")
         choices = split(values)
-        if not values and word not in named:
-            raise ValueError(f"no ablation {word!r}: expected key=v1,v2, or one of {', '.join(named)}")
-        if not values:
-            axes.append([line.split() for line in named[word]])
-        elif len(choices) == 1:
+        if values and len(choices) == 1:
             fixed.append(word)
-        else:
+        elif values:
             axes.append([[f"{key}={choice}"] for choice in choices])
+        elif word in named:
+            axes.append([line.split() for line in named[word]])
+        else:
+            raise ValueError(f"no ablation {word!r}: expected key=v1,v2, or one of {', '.join(named)}")
     if not axes:
         raise ValueError(f"nothing varies in {words}: expected a key=v1,v2, or one of {', '.join(named)}")
-    keys = [keys_of(axis) for axis in axes]
-    if len(set().union(*keys)) < sum(map(len, keys)):
+    keys = [key for axis in axes for key in keys_of(axis)]
+    if len(set(keys)) < len(keys):
         raise ValueError(f"{' '.join(words)}: one setting is varied twice; run one ablation after the other")
     return fixed, [list(itertools.chain(*combination)) for combination in itertools.product(*axes)]
 
 
 def split(values: str) -> list[str]:
     """The parts of a text between the commas that stand outside of brackets."""
-    parts, depth = [""], 0
+    text, depth = "", 0
     for letter in values:
         depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
+        text += "\0" if letter == "," and depth == 0 else letter
+    return text.split("\0")
 
 
 def keys_of(variants: list[list[str]]) -> set[str]:
     """The settings that these combinations change."""
-    return {word.partition("=")[0] for variant in variants for word in variant}
+    return {word.partition("=")[0] for word in itertools.chain(*variants)}
 
 
 def folder_name(variant: list[str]) -> str:
@@ -108,17 +103,17 @@ def folder_name(variant: list[str]) -> str:
 def make_shared(path: str, fixed: list[str], variants: list[list[str]], folder: Path) -> list[str]:
     """Make the worlds and bases that all combinations share; returns the overrides that point to them."""
     config, place = load_config(path, fixed), f"{folder}/common/seed_${{run.seed}}"
-    varied = keys_of(variants)
-    # A folder outside of run.dir is shared as it is.
-    features_inside = Path(config.run.dir) in Path(config.features.dir).parents
-    world_inside = Path(config.run.dir) in Path(config.world.root).parents
-    shared = []
+    varied, shared = keys_of(variants), []
+
+    def is_inside(path: str) -> bool:  # a folder outside of run.dir is shared as it is
+        return Path(config.run.dir) in Path(path).parents
+
     other_features = any(key.startswith(OF_THE_FEATURES) for key in varied) or ["model.num_prompts=0"] in variants
-    if features_inside and not other_features:
+    if not other_features and is_inside(config.features.dir):
         shared.append(f"features.dir={place}/features")
     share_world = config.world.name and not any(key.startswith("world.") for key in varied)
     share_base = config.base and all(key.startswith(NOT_OF_THE_BASE) for key in varied)
-    if share_world and world_inside:
+    if share_world and is_inside(config.world.root):
         shared.append(f"world.root={place}/world")
     for seed in (config.run.seeds or [config.run.seed]) if share_world or share_base else ():
         overrides = [f"run.seed={seed}", "run.seeds=[]", f"run.dir={folder}/common/seed_{seed}"]
@@ -136,7 +131,7 @@ def run_combination(path: str, plan: list[str], trained: dict[str, str]) -> pd.D
     """Train one combination, unless `trained` has the same training (settings -> checkpoint); returns its results."""
     configs = each_seed(path, plan)
     for config in configs:
-        settings = str(training_settings(config))
+        settings = training_settings(config)
         if settings not in trained:
             train_one(config)
             trained[settings] = str(last_checkpoint(config.run.dir))
@@ -144,12 +139,6 @@ def run_combination(path: str, plan: list[str], trained: dict[str, str]) -> pd.D
     return evaluate_all(load_config(path, plan), configs).results
 
 
-def training_settings(config: Config) -> dict:
+def training_settings(config: Config) -> str:
     """The settings that a training depends on: without `eval`, and with run.dir replaced by `*`."""
-
-    def without_folder(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: without_folder(part) for key, part in value.items()}
-        return value.replace(config.run.dir, "*") if isinstance(value, str) else value
-
-    return without_folder(to_dict(config) | {"eval": None})
+    return str(to_dict(config) | {"eval": None}).replace(config.run.dir, "*")

@@ -1,7 +1,5 @@
 """The `clipn` command: one subcommand for each user task. It parses the command line and calls one function."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import pkgutil
@@ -35,18 +33,16 @@ PET_RDZV_ENDPOINT, ...) join several machines.
 """
 _CONFIG = "a YAML file or the name of a shipped config"
 _MODEL = "a checkpoint, a run folder, a shared folder or hf://user/repo"
+_TEMPLATES = "simple (default), openai, clipn-release, or a text file"
 _OPTIONS: dict[str, dict[str, Any]] = {  # of several subcommands
     "--classes": {"metavar": "FILE|NAMES", "help": "a file with one name per line, or cat,dog,...; or imagenet"},
     "--model-name": {"metavar": "NAME", "help": "open_clip name, for a checkpoint without one"},
     "--base": {"metavar": "CLIP", "help": "a tag or file, for a checkpoint that holds the no tower alone"},
-    "--templates": {
-        "default": "simple",
-        "metavar": "SET",
-        "help": "simple (default), openai, clipn-release, or a text file",
-    },
+    "--templates": {"default": "simple", "metavar": "SET", "help": _TEMPLATES},
 }
+_RAW = argparse.RawDescriptionHelpFormatter
 
-Subcommands = argparse._SubParsersAction
+Commands = argparse._SubParsersAction
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,8 +82,7 @@ def _typed(argv: list[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("clipn", description=_ABOUT, epilog=_EXIT_CODES, formatter_class=formatter)
+    parser = argparse.ArgumentParser("clipn", description=_ABOUT, epilog=_EXIT_CODES, formatter_class=_RAW)
     parser.add_argument("--version", action="version", version=f"clipn-ood {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_predict, _add_demo, _add_runs_of_a_config, _add_prepare, _add_classes, _add_export):
@@ -96,20 +91,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: Subcommands,
-    name: str,
-    run: str | Callable[..., None],
-    about: str,
-    example: str = "",
-    all_gpus: bool = False,
+    commands: Commands, name: str, run: str | Callable[..., None], about: str, example: str = "", all_gpus: bool = False
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=about,
-        description=about[0].upper() + about[1:] + ".",
-        epilog=example + _GPUS * all_gpus,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description, epilog = f"{about[0].upper()}{about[1:]}.", example + _GPUS * all_gpus
+    parser = commands.add_parser(name, help=about, description=description, epilog=epilog, formatter_class=_RAW)
     parser.set_defaults(run=run, all_gpus=all_gpus, stopped_code=RESUME if all_gpus else STOPPED)
     return parser
 
@@ -117,7 +102,7 @@ def _add(
 # --- with a trained model ---
 
 
-def _add_predict(commands: Subcommands) -> None:
+def _add_predict(commands: Commands) -> None:
     example = """\
 examples:
   clipn predict photos/ --classes cat,dog,horse --checkpoint epoch_10.pt --model-name ViT-B-16
@@ -128,14 +113,16 @@ examples:
     parser.add_argument("images", nargs="+", metavar="FOLDER", help="a folder with all its subfolders, or an image")
     _add_detector_options(parser, required=True)
     parser.add_argument("--calibrate", metavar="DIR", help="images of the classes, from which a threshold is set")
-    about = "of these, to stay at or above the threshold (default: 0.95)"
-    parser.add_argument("--keep", type=float, metavar="SHARE", help=about)
+    keep_help = "of these, to stay at or above the threshold (default: 0.95)"
+    parser.add_argument("--keep", type=float, metavar="SHARE", help=keep_help)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
-    parser.add_argument("--csv", metavar="FILE", help="add one row per image; rows of images seen again are replaced")
-    parser.add_argument("--move-ood", metavar="DIR", help="move the images of none of the classes to this folder")
+    csv_help = "add one row per image; rows of images seen again are replaced"
+    parser.add_argument("--csv", dest="csv_file", metavar="FILE", help=csv_help)
+    ood_help = "move the images of none of the classes to this folder"
+    parser.add_argument("--move-ood", dest="ood_folder", metavar="DIR", help=ood_help)
 
 
-def _add_demo(commands: Subcommands) -> None:
+def _add_demo(commands: Commands) -> None:
     example = "Without --checkpoint it shows the built-in run, runs/toy. No image leaves this machine.\n"
     parser = _add(commands, "demo", _demo, "open a web page to try a model", example)
     _add_detector_options(parser, required=False)
@@ -153,17 +140,7 @@ def _add_detector_options(parser: argparse.ArgumentParser, required: bool) -> No
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
 
 
-def _predict(
-    images: list[str],
-    classes: str,
-    checkpoint: str,
-    calibrate: str | None,
-    keep: float | None,
-    batch_size: int,
-    csv: str | None,
-    move_ood: str | None,
-    **detector_options: str | None,
-) -> None:
+def _predict(images: list[str], keep: float | None, calibrate: str | None, **options: Any) -> None:
     from PIL import Image
 
     from clipn.data.prompts import class_names_of
@@ -174,8 +151,9 @@ def _predict(
         raise ValueError(f"--keep={keep}: sets how strict --calibrate is; --calibrate is missing")
     calibration = Calibration(calibrate, 0.95 if keep is None else keep) if calibrate else None
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an image that is too large is an error row
-    detector = Detector.from_pretrained(checkpoint, class_names_of(classes), **detector_options)
-    predict_folders(detector, images, csv, move_ood, calibration, batch_size)
+    writing = {name: options.pop(name) for name in ("csv_file", "ood_folder", "batch_size")}
+    detector = Detector.from_pretrained(options.pop("checkpoint"), class_names_of(options.pop("classes")), **options)
+    predict_folders(detector, images, calibration=calibration, **writing)
 
 
 def _demo(classes: str | None, **options: Any) -> None:
@@ -185,7 +163,7 @@ def _demo(classes: str | None, **options: Any) -> None:
     run_demo(class_names=class_names_of(classes) if classes else None, **options)
 
 
-def _add_export(commands: Subcommands) -> None:
+def _add_export(commands: Commands) -> None:
     example = """\
 examples:
   clipn export share runs/toy --out shared --license mit
@@ -241,7 +219,7 @@ def _onnx(source: str, classes: str, out: str, check: str | None, **options: Any
 # --- runs of a config, on all GPUs ---
 
 
-def _add_runs_of_a_config(commands: Subcommands) -> None:
+def _add_runs_of_a_config(commands: Commands) -> None:
     example = """\
 examples:
   clipn train                                                       the built-in world
@@ -249,22 +227,20 @@ examples:
 """
     about = "train as a config says, and evaluate if it names image sets"
     train = _add(commands, "train", _train, about, example, all_gpus=True)
-    about = f"{_CONFIG} (default: toy), then settings such as train.lr=1e-4"
-    train.add_argument("words", nargs="*", metavar="CONFIG | key=value", help=about)
+    words_help = f"{_CONFIG} (default: toy), then settings such as train.lr=1e-4"
+    train.add_argument("words", nargs="*", metavar="CONFIG | key=value", help=words_help)
 
     example = "example:\n  clipn eval --config eval_imagenet data.root=/data eval.checkpoints=epoch_10.pt\n"
-    evaluate = _add(
-        commands, "eval", "clipn.pipeline:run_evaluation", "evaluate checkpoints on image sets", example, all_gpus=True
-    )
+    about = "evaluate checkpoints on image sets"
+    evaluate = _add(commands, "eval", "clipn.pipeline:run_evaluation", about, example, all_gpus=True)
     evaluate.add_argument("--config", dest="path", required=True, help=_CONFIG)
-    about = "settings such as eval.checkpoints=epoch_10.pt"
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help=about)
+    overrides = {"nargs": "*", "metavar": "key=value"}
+    evaluate.add_argument("overrides", **overrides, help="settings such as eval.checkpoints=epoch_10.pt")
 
     about = "encode training pairs once, for data.source=features"
     features = _add(commands, "features", "clipn.pipeline:run_extraction", about, all_gpus=True)
     features.add_argument("path", metavar="CONFIG", help=_CONFIG)
-    about = "settings such as features.dir=/data/features"
-    features.add_argument("overrides", nargs="*", metavar="key=value", help=about)
+    features.add_argument("overrides", **overrides, help="settings such as features.dir=/data/features")
 
     example = """\
 examples:
@@ -284,13 +260,13 @@ def _train(words: list[str]) -> None:
     from clipn.pipeline import run_training
 
     has_config = words and ("=" not in words[0] or Path(words[0]).is_file())
-    run_training(*((words[0], words[1:]) if has_config else ("toy", words)))
+    run_training(words[0] if has_config else "toy", words[1:] if has_config else words)
 
 
 # --- data ---
 
 
-def _add_prepare(commands: Subcommands) -> None:
+def _add_prepare(commands: Commands) -> None:
     example = """\
 examples:
   clipn prepare --list                                     every set: its tree, size, source and terms
@@ -299,20 +275,15 @@ examples:
 Archives are kept in DIR/downloads. Some sets need a login: the command names the file to put there. For ImageNet, also
 put ILSVRC2012_devkit_t12.tar.gz there, or give --mapping, so that its images are sorted into class folders.
 """
-    parser = _add(
-        commands,
-        "prepare",
-        "clipn.data.prepare:run_prepare",
-        "download, unpack and check the benchmark image sets",
-        example,
-    )
+    about = "download, unpack and check the benchmark image sets"
+    parser = _add(commands, "prepare", "clipn.data.prepare:run_prepare", about, example)
     parser.add_argument("names", nargs="*", metavar="NAME", help="image sets, such as imagenet or textures")
     parser.add_argument("--root", default="data", metavar="DIR", help="data.root of the configs (default: data)")
     parser.add_argument("--mapping", metavar="FILE", help="for ImageNet: lines with an image name and its class")
     parser.add_argument("--list", dest="only_list", action="store_true", help="describe these sets, or all, and stop")
 
 
-def _add_classes(commands: Subcommands) -> None:
+def _add_classes(commands: Commands) -> None:
     about = "choose ID classes by the accuracy of a base CLIP on held-out pairs"
     parser = _add(commands, "classes", "clipn.evaluation.choose_classes:run_choice", about)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint of a training run")

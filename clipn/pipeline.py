@@ -1,19 +1,17 @@
 """A whole run as its config describes it: world, base, training, evaluation, report; or the evaluation alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from clipn.config.loading import base_config, load_config, to_dict
 from clipn.config.schema import Config
 from clipn.data.pairs import open_pairs
 from clipn.evaluation.evaluate import check_checkpoints, check_evaluation, evaluate
-from clipn.evaluation.record import remove_record, write_record
+from clipn.evaluation.record import RECORD, write_record
 from clipn.evaluation.results import Evaluation, join
 from clipn.features.pairs import pair_features
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint
-from clipn.model.clipn import create_model_and_transforms
+from clipn.model.clipn import configured_model
 from clipn.report.write import summary, write_report
 from clipn.runtime.console import start_log
 from clipn.runtime.distributed import choose_device, is_main, process_group
@@ -24,9 +22,8 @@ from clipn.training.loop import train
 def run_training(path: str, overrides: list[str]) -> None:
     """Train what a config file with these `key=value` overrides describes, and evaluate it if it has an eval.id.
 
-    Makes the config's world first if it names one, then trains the base CLIP if the config has a `base`. Under torchrun
-    it uses every rank. The same call resumes a stopped run. Raises what training and evaluation raise; errors in `eval`
-    are raised before the training.
+    First it makes the config's world and trains its `base`, if it has them. Under torchrun it uses every rank. The same
+    call resumes a stopped run. Raises what training and evaluation raise; errors in `eval` before the training.
     """
     config = load_config(path, overrides)
     with process_group(choose_device(config.run.device)):
@@ -44,10 +41,7 @@ def run_training(path: str, overrides: list[str]) -> None:
 
 
 def run_evaluation(path: str, overrides: list[str]) -> None:
-    """Evaluate the checkpoints that a config file with these `key=value` overrides names.
-
-    Raises what `evaluate` raises.
-    """
+    """Evaluate the checkpoints that a config file with these `key=value` overrides names; raises as `evaluate` does."""
     config = load_config(path, overrides)
     if config.eval.id is None:
         raise ValueError(f"{path}: eval.id: names no image set to evaluate on")
@@ -65,13 +59,11 @@ def run_extraction(path: str, overrides: list[str]) -> None:
     The same call resumes. Raises what opening pairs and writing features raise.
     """
     config = load_config(path, overrides)
-    device, settings = choose_device(config.run.device), config.model
+    device = choose_device(config.run.device)
     with process_group(device):
         start_log(config.run.dir)
         pairs = open_pairs(config.data)
-        model, _, _ = create_model_and_transforms(
-            settings.name, settings.pretrained, settings.num_prompts, device, settings.image_mean, settings.image_std
-        )
+        model = configured_model(config.model, device)
         pair_features(config, model, get_tokenizer(model.architecture), pairs)
         if is_main():
             print(f"done: features in {config.features.dir}/pairs; train with data.source=features")
@@ -99,10 +91,7 @@ def train_one(config: Config) -> None:
 
 
 def evaluate_all(config: Config, runs: list[Config]) -> Evaluation | None:
-    """Evaluate the trained runs and write their reports, if the config has an eval.id.
-
-    The results of several seeds are joined, with a report in run.dir.
-    """
+    """Evaluate the trained runs and write their reports, and one report of all seeds, if the config has an eval.id."""
     if config.eval.id is None:
         return None
     evaluations = []
@@ -117,9 +106,9 @@ def evaluate_all(config: Config, runs: list[Config]) -> Evaluation | None:
 
 
 def _write(config: Config, evaluation: Evaluation) -> None:
-    """Write the report of an evaluation, and the record of the weights that it belongs to, into the run folder."""
+    """Write the report of an evaluation, and the record of its weights, into the run folder."""
     if is_main():
-        remove_record(config.run.dir)
+        (Path(config.run.dir) / RECORD).unlink(missing_ok=True)  # an old record never describes new results
         write_report(Path(config.run.dir), evaluation, config.eval.bootstrap)
         write_record(config.run.dir, evaluation.weights_sha256, to_dict(config)["eval"], evaluation.class_names)
 

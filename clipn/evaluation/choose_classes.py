@@ -3,8 +3,6 @@
 A held-out pair belongs to a class if its caption holds the name of that class and of no other.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Evaluate checkpoints on ID and OOD image sets: one feature pass per set, every score from the same features."""
 
-from __future__ import annotations
-
 import glob
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,7 +20,7 @@ from clipn.methods.from_images import constants
 from clipn.methods.registry import MethodInputs, Score, check_methods, make_methods, methods_that_need
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint, read_checkpoint
-from clipn.model.clipn import CLIPN, create_model_and_transforms, load_model
+from clipn.model.clipn import CLIPN, configured_model, load_model
 from clipn.model.hashing import tensor_hash, weights_hash
 from clipn.model.head import Head, build_head
 from clipn.model.weights import find_weights
@@ -45,12 +43,10 @@ def evaluate(config: Config) -> Evaluation:
     templates = load_templates(settings.templates)
     id_set, ood_sets, train_set = _open_sets(settings)
     class_names = load_class_names(settings.class_names, id_set.classes)
-    results, decisions, weights, first = [], [], [], None
+    results, decisions, weights, first = [], [], [], {}
     for model, seed in _models(config):
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
-        inputs = MethodInputs(
-            model, head, class_names, settings.scale, words=settings.words, folder=Path(config.run.dir)
-        )
+        inputs = MethodInputs(model, head, class_names, settings.scale, words=settings.words, folder=config.run.dir)
         if train_set and methods_that_need("train", settings.methods):
             images, inputs.train, _ = next(image_set_features(config, model, [train_set]))
             inputs.labels = torch.tensor(images.labels) if images.labels else None
@@ -92,7 +88,7 @@ def check_checkpoints(config: Config) -> None:
     Raises FileNotFoundError for a name that matches nothing, ValueError for what is no checkpoint.
     """
     if config.eval.id is not None:
-        for path in _matching_files(_outside(config.run.dir, _checkpoint_names(config.eval))):
+        for path in _matching_files(_outside(config.run.dir, config.eval.checkpoints)):
             read_checkpoint(path)
 
 
@@ -110,24 +106,19 @@ def score_features(
     feature_methods: the methods that are functions of features; the others are SCORES of the logits.
     """
     feature_methods = feature_methods or {}
-    scores = {name: torch.empty(len(features)) for name in methods}
-    says_ood = {name: torch.empty(len(features), dtype=torch.bool) for name in DECISIONS}
-    predicted, p_yes = torch.empty(len(features), dtype=torch.long), torch.empty(len(features))
-    for start in range(0, len(features), _ROWS):
-        rows = slice(start, start + _ROWS)
-        block = features[rows].to(head.weight_yes.device)
+    scores, says_ood, top_class = [], [], []
+    for block in features.split(_ROWS):
+        block = block.to(head.weight_yes.device)
         logits = head(block, scale)
-        for name in methods:
-            if name in feature_methods:
-                scores[name][rows] = feature_methods[name](block)
-            else:
-                scores[name][rows] = SCORES[name](*logits, scale)
-        for name, decide in DECISIONS.items():
-            says_ood[name][rows] = decide(*logits)
-        predicted[rows] = logits[0].argmax(dim=1)
-        p_yes[rows] = SCORES["CTW"](*logits, scale)
-    arrays = ({name: value.numpy() for name, value in tensors.items()} for tensors in (scores, says_ood))
-    return SetScores(images, *arrays, predicted.numpy(), p_yes.numpy())
+        made = {name: score(block) for name, score in feature_methods.items()}
+        scores.append({name: made[name] if name in made else SCORES[name](*logits, scale) for name in methods})
+        says_ood.append({name: decide(*logits) for name, decide in DECISIONS.items()})
+        top_class.append({"predicted": logits[0].argmax(dim=1), "p_yes": SCORES["CTW"](*logits, scale)})
+    scores, says_ood, top_class = (
+        {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
+        for parts in (scores, says_ood, top_class)
+    )
+    return SetScores(images, scores, says_ood, **top_class)
 
 
 def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodInputs) -> dict[str, SetScores]:
@@ -135,14 +126,13 @@ def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodIn
     settings, set_scores = config.eval, {}
     image_methods, feature_methods = (make_methods(kind, settings.methods, inputs) for kind in ("images", "features"))
     depends_on = f"{tensor_hash(inputs.head.weight_yes)} {settings.scale} {constants()}"
-    other_methods = [name for name in settings.methods if name not in image_methods]
-    for images, features, precomputed in image_set_features(
-        config, inputs.model, image_sets, image_methods, depends_on
-    ):
+    others = [name for name in settings.methods if name not in image_methods]
+    sets = image_set_features(config, inputs.model, image_sets, image_methods, depends_on)
+    for images, features, image_scores in sets:
         if images.left_out:
             log.warning("%s: %d images are unreadable and left out", images.name, len(images.left_out))
-        scored = score_features(inputs.head, images, features, other_methods, settings.scale, feature_methods)
-        scores = scored.scores | {name: values.numpy() for name, values in precomputed.items()}
+        scored = score_features(inputs.head, images, features, others, settings.scale, feature_methods)
+        scores = scored.scores | {name: values.numpy() for name, values in image_scores.items()}
         set_scores[images.name] = replace(scored, scores={name: scores[name] for name in settings.methods})
     return set_scores
 
@@ -154,20 +144,16 @@ def find_checkpoints(config: Config) -> list[str]:
     for a name that matches nothing. An open_clip tag in model.pretrained gives [].
     """
     if config.eval.checkpoints:
-        return _matching_files(_checkpoint_names(config.eval))
+        return _matching_files(config.eval.checkpoints)
     last, pretrained = last_checkpoint(config.run.dir), config.model.pretrained
     if last.is_file():
         return [str(last)]
     return [pretrained] if pretrained and Path(pretrained).is_file() else []
 
 
-def _checkpoint_names(settings: EvalConfig) -> list[str]:
-    return [settings.checkpoints] if isinstance(settings.checkpoints, str) else settings.checkpoints or []
-
-
-def _matching_files(names: Sequence[str]) -> list[str]:
+def _matching_files(names: str | Sequence[str] | None) -> list[str]:
     paths: list[str] = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names or []:
         file = find_weights(name)
         matches = [str(file)] if file else sorted(glob.glob(str(name)))
         if not matches:
@@ -179,28 +165,23 @@ def _matching_files(names: Sequence[str]) -> list[str]:
 def _models(config: Config) -> Iterator[tuple[CLIPN, int]]:
     """Each checkpoint's model, ready on the device, and the seed that it was trained with."""
     settings, device = config.model, choose_device(config.run.device)
-    statistics = (settings.image_mean, settings.image_std)
     paths = find_checkpoints(config)
-    if not paths and not settings.pretrained:
-        last = last_checkpoint(config.run.dir)
-        raise FileNotFoundError(f"nothing to evaluate: no {last}; name a checkpoint in eval.checkpoints")
+    if not paths:
+        if not settings.pretrained:
+            last = last_checkpoint(config.run.dir)
+            raise FileNotFoundError(f"nothing to evaluate: no {last}; name a checkpoint in eval.checkpoints")
+        log.info("evaluating %s, %s", settings.name, settings.pretrained)
+        yield configured_model(settings, device), config.run.seed
     for path in paths:
         log.info("evaluating %s", path)
         content = read_checkpoint(path)
         if not content.get("preprocess") and settings.image_mean is None:
             log.warning("%s does not have its image statistics: CLIP's are used (see model.image_mean)", path)
         base = settings.pretrained if settings.pretrained != path else None  # for a shared file, the no tower alone
-        architecture = content.get("architecture") or settings.name
-        model = load_model(content, path, architecture, settings.num_prompts, base)
-        model.set_statistics(*statistics)
+        model = load_model(content, path, content.get("architecture") or settings.name, settings.num_prompts, base)
+        model.set_statistics(settings.image_mean, settings.image_std)
         trained_with = (content.get("config") or {}).get("run") or {}
         yield model.to(device).eval(), trained_with.get("seed", config.run.seed)
-    if not paths:
-        log.info("evaluating %s, %s", settings.name, settings.pretrained)
-        tagged = create_model_and_transforms(
-            settings.name, settings.pretrained, settings.num_prompts, device, *statistics
-        )
-        yield tagged[0], config.run.seed
 
 
 def _open_sets(settings: EvalConfig) -> tuple[ImageSet, list[ImageSet], ImageSet | None]:
@@ -214,10 +195,8 @@ def _open_sets(settings: EvalConfig) -> tuple[ImageSet, list[ImageSet], ImageSet
     if id_set.name in [s.name for s in ood_sets]:
         raise ValueError(f"eval.ood: {id_set.name!r} is the name of the ID set; give one of them another")
     if train_set and train_set.classes and id_set.classes and train_set.classes != id_set.classes:
-        raise ValueError(
-            f"eval.train: its class folders ({', '.join(train_set.classes[:5])}, ...) are not those of eval.id "
-            f"({', '.join(id_set.classes[:5])}, ...)"
-        )
+        own, others = (", ".join(s.classes[:5]) for s in (train_set, id_set))
+        raise ValueError(f"eval.train: its class folders ({own}, ...) are not those of eval.id ({others}, ...)")
     for method in methods_that_need("labels", settings.methods):
         if train_set and not train_set.classes:
             raise ValueError(f"eval.train: {method} needs class folders, but {train_set.root} has none")

@@ -1,7 +1,5 @@
 """evaluated.json: which weights the results of a run folder belong to, and how they were evaluated."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +17,6 @@ def write_record(
     content = {"weights_sha256": list(weights), "eval": settings, "class_names": list(class_names)}
     with atomic_write(Path(folder) / RECORD) as file:
         file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
-
-
-def remove_record(folder: str | Path) -> None:
-    """Remove the record; done before new results are written, so that an old record never describes them."""
-    (Path(folder) / RECORD).unlink(missing_ok=True)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What an evaluation returns: scores of each image set, and tables of metrics and decisions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,10 +25,7 @@ class SetScores:
 
 
 class Evaluation(NamedTuple):
-    """The results of one or more checkpoints.
-
-    The tables hold fractions, with a row per OOD set, per method or decision, and per checkpoint.
-    """
+    """The results of checkpoints: tables of fractions with a row per OOD set, method or decision, and checkpoint."""
 
     results: pd.DataFrame  # RESULT_COLUMNS
     decisions: pd.DataFrame
@@ -75,14 +70,10 @@ def decision_rows(set_scores: dict[str, SetScores], seed: int) -> list[dict]:
         for decision, id_rejected in id_set.says_ood.items():
             kept, rejected = ~id_rejected, ood_set.says_ood[decision]
             correct = np.concatenate([kept & (id_set.predicted == labels), rejected])
-            shares = {
-                "id_kept": kept.mean(),
-                "ood_found": rejected.mean(),
-                "id_lost": 1 - kept.mean(),
-                "ood_missed": 1 - rejected.mean(),
-                "accuracy": np.concatenate([kept, rejected]).mean(),
-                "open_accuracy": correct.mean() if id_set.images.labels else float("nan"),
-            }
+            shares = {"id_kept": kept.mean(), "ood_found": rejected.mean()}
+            shares |= {"id_lost": 1 - shares["id_kept"], "ood_missed": 1 - shares["ood_found"]}
+            shares["accuracy"] = np.concatenate([kept, rejected]).mean()
+            shares["open_accuracy"] = correct.mean() if id_set.images.labels else float("nan")
             names = {"id_set": id_set.images.name, "ood_set": ood_set.images.name, "decision": decision}
             rows.append(names | {key: float(value) for key, value in shares.items()} | {"seed": seed})
     return rows

@@ -1,11 +1,9 @@
 """OOD scores fitted on the image features of in-distribution training images. A higher score means in-distribution.
 
-A fit takes training features [M, D], L2-normalised, and returns a score: image features [B, D] -> [B], float32. Nothing
-is random. Covariances, their inverses and distances are computed in float64: float32 sums over a million images lose
-the smallest variances first, and those become the largest numbers of an inverse.
+A fit takes training features [M, D], L2-normalised, and returns a score: image features [B, D] -> [B], float32.
+Covariances, their inverses and distances are computed in float64: float32 sums over a million images lose the smallest
+variances first, and those become the largest numbers of an inverse.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -62,7 +60,7 @@ def fit_rmd(features: Tensor, labels: Tensor | None, num_classes: int) -> Score:
     covariance then lacks some directions, and an outlier in such a direction would not be detected.
     """
     mean, whiten, class_means = _class_gaussians(features, labels, num_classes, "RMD")
-    whiten_all = _whitening(*_covariance(features, mean))
+    whiten_all = _whitening(features, mean)
 
     def score(block: Tensor) -> Tensor:
         centred = block.double() - mean
@@ -83,18 +81,10 @@ def fit_vim(features: Tensor, weights: Tensor, scale: float) -> Score:
     residual; absolute, because a base with negative cosines must not flip the score. The paper's origin -pinv(W) b is
     0, since the logits have no bias b. Raises ValueError as `fit_residual` does.
     """
-    outside = _residual_space(features, "ViM")
-    logits = _logits(weights.to(features.device), scale)
-    largest = lengths = 0.0
-    for block in features.split(_ROWS):
-        largest += float(logits(block).amax(dim=1).sum())
-        lengths += float((block.double() @ outside).norm(dim=1).sum())
-    alpha = abs(largest) / lengths
-
-    def score(block: Tensor) -> Tensor:
-        return logits(block).logsumexp(dim=1) - alpha * (block.double() @ outside).norm(dim=1)
-
-    return _on_device(features, score)
+    residual, logits = _residual(features, "ViM"), _logits(weights.to(features.device), scale)
+    largest = sum(float(logits(block).amax(dim=1).sum()) for block in features.split(_ROWS))
+    alpha = abs(largest) / sum(float(residual(block).sum()) for block in features.split(_ROWS))
+    return _on_device(features, lambda block: logits(block).logsumexp(dim=1) - alpha * residual(block))
 
 
 def fit_residual(features: Tensor) -> Score:
@@ -102,8 +92,8 @@ def fit_residual(features: Tensor) -> Score:
 
     Raises ValueError for training images that span no more than that space.
     """
-    outside = _residual_space(features, "Residual")
-    return _on_device(features, lambda block: -(block.double() @ outside).norm(dim=1))
+    residual = _residual(features, "Residual")
+    return _on_device(features, lambda block: -residual(block))
 
 
 def fit_react(features: Tensor, weights: Tensor, scale: float) -> Score:
@@ -133,43 +123,42 @@ def _check_features(features: Tensor, method: str) -> None:
         raise ValueError(f"{method}: expected training features [M, D] of at least one image, got {[*features.shape]}")
 
 
-def _check_labels(features: Tensor, labels: Tensor | None, num_classes: int, method: str) -> Tensor:
+def _check_labels(features: Tensor, labels: Tensor | None, num_classes: int, method: str) -> None:
     _check_features(features, method)
+    count, width = features.shape
     if labels is None:
         raise ValueError(f"{method}: the labels of the training images are missing")
-    if labels.shape != (len(features),):
-        raise ValueError(f"{method}: {len(features)} training images, but labels of shape {[*labels.shape]}")
-    counts = torch.bincount(labels.clamp(min=0).cpu(), minlength=num_classes)
-    if labels.min() < 0 or len(counts) > num_classes:
+    if labels.shape != (count,):
+        raise ValueError(f"{method}: {count} training images, but labels of shape {[*labels.shape]}")
+    if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"{method}: labels from {labels.min()} to {labels.max()}; there are {num_classes} classes")
-    empty = (counts == 0).nonzero().squeeze(1).tolist()
+    empty = sorted(set(range(num_classes)) - set(labels.tolist()))
     if empty:
-        numbers = ", ".join(map(str, empty[:10])) + (", ..." if len(empty) > 10 else "")
+        numbers = ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10)
         raise ValueError(f"{method}: {len(empty)} of {num_classes} classes have no training image: number {numbers}")
-    count, width = features.shape
     if count < width + num_classes:
         need = f"{num_classes} means and a covariance of {width} dimensions need at least {width + num_classes}"
         raise ValueError(f"{method}: {count} training images are too few: {need}")
-    return labels.to(features.device).long()
 
 
 def _class_gaussians(
     features: Tensor, labels: Tensor | None, num_classes: int, method: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean of all [D], a whitening of the covariance within classes [D, r], and the whitened class means [C, r]."""
-    labels = _check_labels(features, labels, num_classes, method)
+    _check_labels(features, labels, num_classes, method)
+    labels = labels.to(features.device).long()
     means = features.new_zeros(num_classes, features.shape[1], dtype=torch.float64)
     # products, because index_add adds in any order on a GPU
     for block, block_labels in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
         means += F.one_hot(block_labels, num_classes).double().T @ block.double()
     mean = means.sum(dim=0) / len(features)
     means /= torch.bincount(labels, minlength=num_classes)[:, None]
-    whiten = _whitening(*_covariance(features, means, labels))
+    whiten = _whitening(features, means, labels)
     return mean, whiten, (means - mean) @ whiten
 
 
-def _covariance(features: Tensor, means: Tensor, labels: Tensor | None = None) -> tuple[Tensor, float]:
-    """[D, D] about one mean [D], or about each class's [C, D], and the mean squared length of the features."""
+def _principal_axes(features: Tensor, means: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Variances [D] about one mean [D] or each class's [C, D], the smallest first; their directions; which count."""
     covariance = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
     square = 0.0
     for start in range(0, len(features), _ROWS):
@@ -177,13 +166,13 @@ def _covariance(features: Tensor, means: Tensor, labels: Tensor | None = None) -
         square += float(block.square().sum())
         centred = block - (means if labels is None else means[labels[start : start + _ROWS]])
         covariance += centred.T @ centred
-    return covariance / len(features), square / len(features)
+    variances, directions = torch.linalg.eigh(covariance / len(features))
+    return variances, directions, variances > _NEGLIGIBLE * (square / len(features))
 
 
-def _whitening(covariance: Tensor, square: float) -> Tensor:
+def _whitening(features: Tensor, means: Tensor, labels: Tensor | None = None) -> Tensor:
     """[D, r]: squared lengths after it are Mahalanobis distances. Directions of negligible variance are left out."""
-    variances, directions = torch.linalg.eigh(covariance)
-    varies = variances > _NEGLIGIBLE * square
+    variances, directions, varies = _principal_axes(features, means, labels)
     return directions[:, varies] / variances[varies].sqrt()
 
 
@@ -193,14 +182,13 @@ def _nearest(points: Tensor, centres: Tensor) -> Tensor:
     return (lengths - 2 * points @ centres.T).clamp(min=0).amin(dim=1)
 
 
-def _residual_space(features: Tensor, method: str) -> Tensor:
-    """[D, D - principal_dim]: an orthonormal basis of what is outside the principal space of the training features."""
+def _residual(features: Tensor, method: str) -> Score:
+    """[b, D] -> [b]: the length of the part outside the principal space of the training features."""
     _check_features(features, method)
-    width = features.shape[1]
-    second_moment, square = _covariance(features, features.new_zeros(width))
-    values, directions = torch.linalg.eigh(second_moment)  # the smallest first
-    dim, rank = principal_dim(width), int((values > _NEGLIGIBLE * square).sum())
+    _, directions, varies = _principal_axes(features, features.new_zeros(features.shape[1]))
+    dim, rank = principal_dim(features.shape[1]), int(varies.sum())
     if rank <= dim:
         need = f"their features span {rank} dimensions, and must span more than the {dim} of the principal space"
         raise ValueError(f"{method}: the {len(features)} training images are too few or too alike: {need}")
-    return directions[:, : width - dim]
+    outside = directions[:, : features.shape[1] - dim]
+    return lambda block: (block.double() @ outside).norm(dim=1)

@@ -4,10 +4,6 @@ Each takes a model, a head, normalised images [B, 3, H, W] on the model's device
 returns [B].
 """
 
-from __future__ import annotations
-
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
@@ -75,31 +71,28 @@ def local_features(model: CLIPN, images: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for a base with neither.
     """
-    tower = model.base.visual
+    tower, inputs = model.base.visual, []
     if isinstance(tower, VisionTransformer) and tower.attn_pool is None and is_standard(tower):
-        last, project = tower.transformer.resblocks[-1], partial(_vit_patches, tower)
+        last, project = tower.transformer.resblocks[-1], _vit_patches
     elif isinstance(tower, ModifiedResNet):
-        last, project = tower.attnpool, partial(_resnet_patches, tower)
+        last, project = tower.attnpool, _resnet_patches
     else:
-        raise ValueError(
-            "GL-MCM needs a base with patch features, open_clip's standard ViT or CLIP's ResNet; this base "
-            f"has {type(tower).__name__}" + (" of other blocks or pooling" if hasattr(tower, "transformer") else "")
-        )
-    inputs = []
+        found = f"{type(tower).__name__}{' of other blocks or pooling' * hasattr(tower, 'transformer')}"
+        needed = "a base with patch features, open_clip's standard ViT or CLIP's ResNet"
+        raise ValueError(f"GL-MCM needs {needed}; this base has {found}")
     hook = last.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     try:
         features = model.encode_image(images)
     finally:
         hook.remove()
-    return features, F.normalize(project(inputs[0]).float(), dim=-1)
+    return features, F.normalize(project(tower, inputs[0]).float(), dim=-1)
 
 
 def _vit_patches(tower: VisionTransformer, hidden: Tensor) -> Tensor:
     """The last block's input [B, 1 + P, width] -> [B, P, D]."""
     block = tower.transformer.resblocks[-1]
     attention, width = block.attn, block.attn.embed_dim
-    hidden = hidden if tower.transformer.batch_first else hidden.transpose(0, 1)
-    hidden = hidden[:, 1:]  # the first is the class token
+    hidden = (hidden if tower.transformer.batch_first else hidden.transpose(0, 1))[:, 1:]  # without the class token
     value = F.linear(block.ln_1(hidden), attention.in_proj_weight[-width:], attention.in_proj_bias[-width:])
     hidden = hidden + block.ls_1(attention.out_proj(value))
     patches = tower.ln_post(hidden + block.ls_2(block.mlp(block.ln_2(hidden))))

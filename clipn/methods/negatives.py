@@ -5,8 +5,6 @@ adjectives before words like "creature", and uses several prompts. Both follow t
 exceptions: a class name is never a negative, and each prompt's feature is normalised before the mean.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -30,7 +28,10 @@ LEXICOGRAPHER_FILES = {0: "adj.all", 1: "adj.pert", 44: "adj.ppl"} | {
     number: f"noun.{name}" for number, name in enumerate(_NOUN_FILES.split(), start=3)
 }
 _SUPERCLASSES = "environment space object scene place item area view thing pattern structure landscape vista creature"
-_BATCH = 512  # texts encoded at once
+_CSP_NOUN_PROMPTS = (
+    "a close-up photo of the nice {}.|a photo with the nice {}.|a good photo with the nice {}.|a photo of the nice {}."
+    "|{}|the {}|the good {}|the nice {}"
+)
 
 
 class Words(NamedTuple):
@@ -57,16 +58,7 @@ class Pool(NamedTuple):
 NEGLABEL = Pool("NegLabel", ("the nice {}",), ("This is a {} photo",))
 CSP = Pool(
     "CSP",
-    (
-        "a close-up photo of the nice {}.",
-        "a photo with the nice {}.",
-        "a good photo with the nice {}.",
-        "a photo of the nice {}.",
-        "{}",
-        "the {}",
-        "the good {}",
-        "the nice {}",
-    ),
+    tuple(_CSP_NOUN_PROMPTS.split("|")),
     ("{}", "a nice photo of {}", "a good photo of {}", "a close-up photo of {}"),
     tuple(f"{{}} {name}" for name in _SUPERCLASSES.split()),
     (*NEGLABEL.left_out, "noun.person", "noun.quantity", "noun.group", "adj.pert"),
@@ -85,11 +77,10 @@ class Negatives(NamedTuple):
 def read_words(path: str | Path, left_out: Sequence[str] = NEGLABEL.left_out) -> Words:
     """Candidate words from a file or folder of the user; nothing is downloaded.
 
-    path: WordNet's database folder (with data.noun, data.adj or both); a folder of lists named as its lexicographer
-        files (noun.act.txt, adj.all.txt, ...; one word per line); or one list, with lines of a word, taken as a noun,
-        or of "noun" or "adj", a tab and a word.
+    path: WordNet's database folder (data.noun, data.adj or both); a folder of lists named as its lexicographer files
+        (noun.act.txt, adj.all.txt, ...; one word per line); or one list, with lines of a word, taken as a noun, or of
+        "noun" or "adj", a tab and a word.
     left_out: lexicographer files whose words are left out, unless another file has them too.
-
     Raises FileNotFoundError for a missing path, ValueError for another form or no words.
     """
     path = Path(path)
@@ -97,8 +88,7 @@ def read_words(path: str | Path, left_out: Sequence[str] = NEGLABEL.left_out) ->
         raise FileNotFoundError(f"{path}: no such word list or WordNet folder")
     unknown = sorted(set(left_out) - set(LEXICOGRAPHER_FILES.values()))
     if unknown:
-        choices = ", ".join(LEXICOGRAPHER_FILES.values())
-        raise ValueError(f"left_out: {', '.join(unknown)}: the lexicographer files are {choices}")
+        raise ValueError(f"left_out={unknown}: the lexicographer files are {', '.join(LEXICOGRAPHER_FILES.values())}")
     words: dict[str, dict[str, str]] = {"noun": {}, "adj": {}}
     try:
         for kind, word in _read(path, left_out):
@@ -124,12 +114,11 @@ def mine(
 
     They are shuffled and split into groups of one size. The nearest of the adjectives that do not fill a group are
     dropped (NegLabel, section 3). A class name is no candidate. Fewer negatives than groups form a group each.
-
     Raises ValueError for no class names, or if no candidate remains. The model is in evaluation mode.
     """
 
     def encode(texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
-        return class_weights(lambda part: model.encode_text(tokenizer(part)), texts, prompts, _BATCH)
+        return class_weights(model.encode_text, tokenizer, texts, prompts)
 
     keys, draw = {_key(name) for name in class_names}, random.Random(seed)
     nouns = [word for word in words.nouns if _key(word) not in keys]
@@ -147,8 +136,7 @@ def mine(
     if not names:
         raise ValueError("negative labels: every candidate is too near to a class")
     groups = min(pool.groups, len(names))
-    kept = len(names) - len(names) % groups
-    order = torch.randperm(kept, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(names) // groups * groups, generator=torch.Generator().manual_seed(seed))
     grouped = torch.cat(weights)[order.to(labels.device)].unflatten(0, (groups, -1))
     return Negatives([names[i] for i in order.tolist()], grouped, labels)
 

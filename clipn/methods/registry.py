@@ -3,8 +3,6 @@
 To add a method: put a function of logits into SCORES, anything else into METHODS.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from clipn.config.schema import EvalConfig
-from clipn.methods.from_features import fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_rmd, fit_vim
+from clipn.methods.from_features import Score, fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_rmd, fit_vim
 from clipn.methods.from_images import gl_mcm, odin
 from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Pool, mine, neglabel, read_words, save_negatives
 from clipn.model.base import get_tokenizer
@@ -22,8 +20,6 @@ from clipn.model.clipn import CLIPN
 from clipn.model.head import Head
 from clipn.runtime.distributed import is_main
 from clipn.scores import SCORES
-
-Score = Callable[[Tensor], Tensor]  # features [B, D] or images [B, 3, H, W] -> [B], higher for in-distribution
 
 
 @dataclass
@@ -37,8 +33,13 @@ class MethodInputs:
     train: Tensor | None = None  # features [M, D] of ID training images
     labels: Tensor | None = None  # [M], of these images
     words: str | Path | None = None  # a word list or WordNet folder
-    folder: Path | None = None  # where mined words are written
+    folder: str | Path | None = None  # where mined words are written
     results: dict[str, Any] = field(default_factory=dict)  # what several methods share
+
+    @property
+    def classes(self) -> int:
+        """The number of classes C."""
+        return len(self.head.weight_yes)
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:
         """The result of `compute`, computed once for all methods that ask for this key."""
@@ -48,39 +49,33 @@ class MethodInputs:
 
 
 class Method(NamedTuple):
-    """How a score is made, what it is a function of ("features" or "images"), and which inputs it needs."""
+    """How a score is made, and which inputs it needs."""
 
-    takes: str
+    takes: str  # what the score is a function of: "features" [B, D] or "images" [B, 3, H, W]
     make: Callable[[MethodInputs], Score]
     needs: tuple[str, ...] = ()  # of "train", "labels", "words"
 
 
-def _mine(inputs: MethodInputs, pool: Pool) -> Negatives:
-    words = read_words(inputs.words, pool.left_out)
-    negatives = mine(inputs.model, get_tokenizer(inputs.model.architecture), words, inputs.class_names, pool)
-    if inputs.folder and is_main():
-        save_negatives(negatives, inputs.folder / f"negatives_{pool.name}.tsv")
-    return negatives
+def _against_words(inputs: MethodInputs, pool: Pool, head: Head | None = None) -> Score:
+    def mine_words() -> Negatives:
+        words = read_words(inputs.words, pool.left_out)
+        negatives = mine(inputs.model, get_tokenizer(inputs.model.architecture), words, inputs.class_names, pool)
+        if inputs.folder and is_main():
+            save_negatives(negatives, Path(inputs.folder) / f"negatives_{pool.name}.tsv")
+        return negatives
 
-
-def _against_words(pool: Pool, with_clipn: bool = False) -> Method:
-    def make(inputs: MethodInputs) -> Score:
-        negatives = inputs.once(f"negatives {pool.name}", lambda: _mine(inputs, pool))
-        return partial(neglabel, negatives=negatives, scale=inputs.scale, head=inputs.head if with_clipn else None)
-
-    return Method("features", make, ("words",))
+    negatives = inputs.once(f"negatives {pool.name}", mine_words)
+    return partial(neglabel, negatives=negatives, scale=inputs.scale, head=head)
 
 
 METHODS: dict[str, Method] = {
-    "NegLabel": _against_words(NEGLABEL),
-    "CSP": _against_words(CSP),
-    "NegLabel+CLIPN": _against_words(NEGLABEL, with_clipn=True),
-    "CSP+CLIPN": _against_words(CSP, with_clipn=True),
+    "NegLabel": Method("features", lambda x: _against_words(x, NEGLABEL), ("words",)),
+    "CSP": Method("features", lambda x: _against_words(x, CSP), ("words",)),
+    "NegLabel+CLIPN": Method("features", lambda x: _against_words(x, NEGLABEL, x.head), ("words",)),
+    "CSP+CLIPN": Method("features", lambda x: _against_words(x, CSP, x.head), ("words",)),
     "kNN": Method("features", lambda x: fit_knn(x.train), ("train",)),
-    "Mahalanobis": Method(
-        "features", lambda x: fit_mahalanobis(x.train, x.labels, len(x.head.weight_yes)), ("train", "labels")
-    ),
-    "RMD": Method("features", lambda x: fit_rmd(x.train, x.labels, len(x.head.weight_yes)), ("train", "labels")),
+    "Mahalanobis": Method("features", lambda x: fit_mahalanobis(x.train, x.labels, x.classes), ("train", "labels")),
+    "RMD": Method("features", lambda x: fit_rmd(x.train, x.labels, x.classes), ("train", "labels")),
     "ViM": Method("features", lambda x: fit_vim(x.train, x.head.weight_yes, x.scale), ("train",)),
     "Residual": Method("features", lambda x: fit_residual(x.train), ("train",)),
     "ReAct": Method("features", lambda x: fit_react(x.train, x.head.weight_yes, x.scale), ("train",)),
@@ -101,9 +96,8 @@ def check_methods(settings: EvalConfig) -> None:
     for method in settings.methods:
         if method not in METHOD_NAMES:
             raise ValueError(f"eval.methods: unknown score {method!r}; the scores are: {', '.join(METHOD_NAMES)}")
-    for key, description in _SETTINGS.items():
-        for method in methods_that_need(key, settings.methods):
-            if not getattr(settings, key):
+        for key, description in _SETTINGS.items():
+            if methods_that_need(key, [method]) and not getattr(settings, key):
                 raise ValueError(f"eval.methods: {method} needs {description}")
     if methods_that_need("words", settings.methods):
         try:
@@ -119,5 +113,4 @@ def methods_that_need(name: str, methods: Sequence[str]) -> list[str]:
 
 def make_methods(takes: str, methods: Sequence[str], inputs: MethodInputs) -> dict[str, Score]:
     """The scores among the methods that are functions of "features" or of "images"; raises as their `make` does."""
-    chosen = {name: METHODS[name] for name in methods if name in METHODS}
-    return {name: method.make(inputs) for name, method in chosen.items() if method.takes == takes}
+    return {name: METHODS[name].make(inputs) for name in methods if name in METHODS and METHODS[name].takes == takes}
