@@ -14,7 +14,6 @@ from torch import Tensor
 from clipn.deploy.model_card import model_card, run_facts
 from clipn.model.checkpoint import (
     base_weights,
-    is_clipn,
     no_weights,
     read_checkpoint,
     write_checkpoint,
@@ -56,8 +55,8 @@ def share_weights(source: str | Path, folder: str | Path, options: ShareOptions 
         raise FileNotFoundError(f"{source}: no such checkpoint or run")
     content = read_checkpoint(file)
     state = content["state_dict"]
-    if not is_clipn(state) or not base_weights(state):
-        kind = "the no tower alone" if is_clipn(state) else "a plain CLIP without a no tower"
+    if not no_weights(state) or not base_weights(state):
+        kind = "the no tower alone" if no_weights(state) else "a plain CLIP without a no tower"
         raise ValueError(f"{file}: holds {kind}; expected a whole CLIPN checkpoint")
     architecture = content.get("architecture") or options.model_name
     if not architecture:
@@ -101,7 +100,7 @@ def merge_weights(source: str | Path, path: str | Path, base: str | Path | None 
     if file is None:
         raise FileNotFoundError(f"{source}: no such shared file or folder")
     content = read_checkpoint(file)
-    if not is_clipn(content["state_dict"]) or base_weights(content["state_dict"]):
+    if not no_weights(content["state_dict"]) or base_weights(content["state_dict"]):
         raise ValueError(f"{file}: not a shared file, which holds the no tower alone")
     model = open_model(file, base=base)
     write_checkpoint(content | {"state_dict": model.published_state(), "preprocess": dict(model.preprocess)}, path)

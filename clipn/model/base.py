@@ -1,13 +1,10 @@
 """The base CLIP: any open_clip model by name, JSON config or checkpoint, and its tokenizer."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +33,7 @@ def build_base(model_name: str | Architecture, pretrained: str | Path | None = N
         load_weights(base, content["state_dict"], str(pretrained))
     elif pretrained is not None:
         base = _build_from_tag(model_name, str(pretrained), architecture)
-    elif isinstance(model_name, str) and model_name.startswith(("hf-hub:", "local-dir:")):
+    elif str(model_name).startswith(("hf-hub:", "local-dir:")):
         base = open_clip.create_model(model_name, force_custom_text=True)
     else:
         base = _build_from_config(architecture, architecture["text_cfg"].get("hf_model_pretrained", True))
@@ -63,14 +60,22 @@ def find_architecture(model_name: str | Architecture) -> Architecture:
     """
     if isinstance(model_name, dict):
         return copy.deepcopy(model_name)
-    if str(model_name).endswith(".json"):
-        return _read_architecture(Path(model_name))
-    architecture = open_clip.get_model_config(model_name)
-    if architecture is None:
-        raise ValueError(
-            f"model {model_name!r} is unknown: expected a path ending in .json, or one of open_clip's names: "
-            + ", ".join(open_clip.list_models())
-        )
+    if not str(model_name).endswith(".json"):
+        architecture = open_clip.get_model_config(model_name)
+        if architecture is None:
+            choices = f"a path ending in .json, or one of open_clip's names: {', '.join(open_clip.list_models())}"
+            raise ValueError(f"model {model_name!r} is unknown: expected {choices}")
+        return architecture
+    if not Path(model_name).is_file():
+        raise FileNotFoundError(f"{model_name}: no such model config file")
+    try:
+        content = json.loads(Path(model_name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{model_name}: not valid JSON: {error}") from error
+    architecture = content.get("model_cfg", content) if isinstance(content, dict) else {}
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in architecture]
+    if missing:
+        raise ValueError(f"{model_name}: not an open_clip model config: {', '.join(missing)} is missing")
     return architecture
 
 
@@ -85,32 +90,17 @@ def get_tokenizer(model_name: str | Architecture) -> Callable[[str | list[str]],
     model_name: as in `create_model_and_transforms`. Raises what `find_architecture` raises, and OSError, one line, for
     a Hugging Face tokenizer that cannot be loaded.
     """
+    architecture = find_architecture(model_name)  # for an unknown name open_clip returns a default tokenizer
     if isinstance(model_name, str) and not model_name.endswith(".json"):
-        find_architecture(model_name)  # for an unknown name open_clip returns a default tokenizer
         return open_clip.get_tokenizer(model_name)
-    architecture = find_architecture(model_name)
     text = architecture["text_cfg"]
-    options = dict(text.get("tokenizer_kwargs") or {}, context_length=context_length(architecture))
-    if text.get("hf_tokenizer_name"):
-        try:
-            return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
-        except OSError as error:  # transformers' message has many lines
-            raise OSError(f"tokenizer {text['hf_tokenizer_name']!r}: {str(error).splitlines()[0]}") from error
-    return SimpleTokenizer(**options)
-
-
-def _read_architecture(path: Path) -> Architecture:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such model config file")
+    options = (text.get("tokenizer_kwargs") or {}) | {"context_length": context_length(architecture)}
+    if not text.get("hf_tokenizer_name"):
+        return SimpleTokenizer(**options)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    architecture = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in architecture]
-    if missing:
-        raise ValueError(f"{path}: not an open_clip model config: {', '.join(missing)} is missing")
-    return architecture
+        return HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
+    except OSError as error:  # transformers' message has many lines
+        raise OSError(f"tokenizer {text['hf_tokenizer_name']!r}: {str(error).splitlines()[0]}") from error
 
 
 def _build_from_tag(model_name: str | Architecture, tag: str, architecture: Architecture) -> nn.Module:
@@ -131,9 +121,12 @@ def _build_from_tag(model_name: str | Architecture, tag: str, architecture: Arch
 
 
 def _build_from_config(architecture: Architecture, fetch_text: bool) -> nn.Module:
+    logger = logging.getLogger()
+    level = logger.level
     # open_clip reads a config that is not built in only from a folder.
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": architecture}))
+        logger.setLevel(logging.ERROR)  # open_clip warns of random weights: they are loaded next, or random on purpose
         try:
             return open_clip.create_model(
                 f"local-dir:{folder}", load_weights=False, force_custom_text=True, pretrained_text=fetch_text
@@ -141,15 +134,5 @@ def _build_from_config(architecture: Architecture, fetch_text: bool) -> nn.Modul
         except (TypeError, KeyError, AssertionError, AttributeError, RuntimeError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"not a model that open_clip can build: {reason}; its config: {architecture}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's warning about random weights: they are loaded next, or random on purpose."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+        finally:
+            logger.setLevel(level)

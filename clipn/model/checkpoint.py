@@ -6,8 +6,6 @@ A file is a dict {"epoch", "name", "state_dict", ...}. The state_dict is flat: `
 written by `clipn export share`, has only the last two, as safetensors with the rest of the dict in the header.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path
@@ -55,18 +53,13 @@ def published_state(module: nn.Module) -> dict[str, Tensor]:
     return {published_name(name): value for name, value in module.state_dict().items()}
 
 
-def is_clipn(state: dict[str, Tensor]) -> bool:
-    """Whether a flat state_dict has a no tower or prompts."""
-    return bool(no_weights(state))
-
-
 def base_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The base CLIP's part of a flat state_dict; empty for a shared file."""
     return {name: value for name, value in state.items() if not name.split(".")[0].endswith("_no")}
 
 
 def no_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a flat state_dict that CLIPN adds: the no tower and the prompts."""
+    """The part of a flat state_dict that CLIPN adds, the no tower and the prompts; empty for a plain CLIP."""
     return {name: value for name, value in state.items() if name.split(".")[0].endswith("_no")}
 
 
@@ -82,19 +75,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
-        if path.suffix == ".safetensors":
-            content = _read_safetensors(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        content = _read_safetensors(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = "it holds Python objects that would be executed, or is no PyTorch file; only tensors are read"
         raise ValueError(f"{path}: refused: {reason}") from error
     except Exception as error:  # the readers raise many kinds of exceptions for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a whole checkpoint file: {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
-    if "state_dict" not in content:
+    if not isinstance(content, dict) or "state_dict" not in content:
         content = {"state_dict": content}
     content["state_dict"] = _flatten(content["state_dict"], path)
     _check_metadata(content, path)
@@ -109,15 +98,14 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str) -> No
     """
     own = module.state_dict()
     names = {name: published_name(name) for name in own}
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[name].shape)}"
-        for name, key in names.items()
-        if key in state and state[key].numel() * own[name].numel() > 1 and state[key].shape != own[name].shape
-    ]
     problems = {
         "missing": [key for key in names.values() if key not in state],
         "unexpected": sorted(state.keys() - set(names.values())),
-        "other shapes": shapes,
+        "other shapes": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[name].shape)}"
+            for name, key in names.items()
+            if key in state and state[key].numel() * own[name].numel() > 1 and state[key].shape != own[name].shape
+        ],
     }
     text = "; ".join(f"{problem}: {_first_of(keys)}" for problem, keys in problems.items() if keys)
     if text:
@@ -159,7 +147,6 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _check_metadata(content: dict[str, Any], path: Path) -> None:
-    """Raises ValueError for metadata of a wrong type, and for an architecture that would execute code."""
     for key, kind in _METADATA_TYPES.items():
         if not isinstance(content.get(key), (kind, type(None))):
             raise ValueError(f"{path}: its {key} is {type(content[key]).__name__}, expected {kind.__name__}")

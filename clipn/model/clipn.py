@@ -1,7 +1,5 @@
 """CLIPN: a frozen open_clip model plus a "no" text tower with learnable prompts."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +10,10 @@ import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
+from clipn.config.schema import ModelConfig
 from clipn.data.images import Transform, train_transform, val_transform
 from clipn.model.base import Architecture, build_base, build_unloaded, context_length, find_architecture
-from clipn.model.checkpoint import PROMPTS, base_weights, is_clipn, load_weights, published_state, read_checkpoint
+from clipn.model.checkpoint import PROMPTS, base_weights, load_weights, no_weights, published_state, read_checkpoint
 from clipn.model.hashing import base_hash
 from clipn.model.packed_text import compile_text, is_standard, text_features, token_embedding
 
@@ -38,12 +37,11 @@ class NoTextTower(nn.Module):
 
         choice: [B] integers in 0..P, each caption's prompt; P is the mean prompt, and None is P for all.
         """
-        if self.prompts is None:
-            return text_features(self.tower, tokens)
-        mean = self.prompts.mean(dim=0, keepdim=True)
-        if choice is None:
-            return text_features(self.tower, tokens, mean)
-        return text_features(self.tower, tokens, torch.cat([self.prompts, mean]), choice)
+        prompts = self.prompts
+        if prompts is not None:
+            mean = prompts.mean(dim=0, keepdim=True)
+            prompts = mean if choice is None else torch.cat([prompts, mean])
+        return text_features(self.tower, tokens, prompts, choice)
 
     def recompute_activations(self) -> None:
         """Trade time for memory: keep only each block's input. Raises ValueError for a tower that cannot."""
@@ -81,10 +79,10 @@ class CLIPN(nn.Module):
 
     def set_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
         """Normalise images with this mean and standard deviation (3 channels each); None keeps the current one."""
-        statistics = {"mean": mean, "std": std}
-        self.preprocess.update({key: tuple(value) for key, value in statistics.items() if value is not None})
+        statistics = (("mean", mean), ("std", std))
+        self.preprocess.update({key: tuple(value) for key, value in statistics if value is not None})
 
-    def train(self, mode: bool = True) -> CLIPN:
+    def train(self, mode: bool = True) -> "CLIPN":
         """Set the mode of the no tower. The base stays in evaluation mode: fixed batch statistics, no dropout."""
         super().train(mode)
         self.base.eval()
@@ -106,8 +104,8 @@ class CLIPN(nn.Module):
     def compile_towers(self) -> None:
         """Apply torch.compile to the image tower and to the parts of the text towers that become faster."""
         self.base.visual.compile()
-        for tower in (self.base.text, self.no_text.tower):
-            compile_text(tower)
+        compile_text(self.base.text)
+        compile_text(self.no_text.tower)
 
     def published_state(self) -> dict[str, Tensor]:
         """The weights by their names in the published layout."""
@@ -144,6 +142,12 @@ def create_model_and_transforms(
     return model, train_transform(model.preprocess), val_transform(model.preprocess)
 
 
+def configured_model(settings: ModelConfig, device: str | torch.device) -> CLIPN:
+    """The model that a config describes, as `create_model_and_transforms` builds it."""
+    statistics = (settings.image_mean, settings.image_std)
+    return create_model_and_transforms(settings.name, settings.pretrained, settings.num_prompts, device, *statistics)[0]
+
+
 def load_model(
     content: dict[str, Any],
     source: str,
@@ -157,7 +161,7 @@ def load_model(
     base: for a shared file, an open_clip tag or a checkpoint of the base CLIP; by default the tag that the file names.
     Raises ValueError for weights that do not fit the model and for the wrong base, FileNotFoundError for no base.
     """
-    clipn = is_clipn(content["state_dict"])
+    clipn = no_weights(content["state_dict"])
     if clipn and not base_weights(content["state_dict"]):
         content = _add_base(content, source, model_name, base)
     state = content["state_dict"]
@@ -165,13 +169,11 @@ def load_model(
     if clipn and (state[PROMPTS].ndim != 3 if PROMPTS in state else saved_prompts):
         raise ValueError(f"{source}: {PROMPTS} is missing or not of the shape [prompts, context, width]")
     architecture = find_architecture(model_name)
-    clip = build_unloaded(architecture, content, source)
+    model = build_unloaded(architecture, content, source)
     if clipn:
-        model = CLIPN(clip, len(state.get(PROMPTS, ())), architecture)
-        load_weights(model, state, source)
-        return model
-    load_weights(clip, state, source)
-    return CLIPN(clip, num_prompts, architecture)  # copies the text tower
+        model = CLIPN(model, len(state.get(PROMPTS, ())), architecture)
+    load_weights(model, state, source)
+    return model if clipn else CLIPN(model, num_prompts, architecture)  # copies the loaded text tower
 
 
 def _add_base(

@@ -1,7 +1,5 @@
 """SHA-256 hashes of weights: which base a shared file belongs to, and which weights stored features come from."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """The zero-shot head: class names and templates -> one yes weight and one no weight per class."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +11,9 @@ from clipn.data.prompts import check_class_names, check_templates, fill, negate
 from clipn.model.clipn import CLIPN
 from clipn.runtime.distributed import is_main
 
-Encode = Callable[[list[str]], Tensor]  # texts -> features [B, D], L2-normalised
+Tokenizer = Callable[[list[str]], Tensor]  # texts -> token ids [B, L]
+
+_BATCH = 512  # texts encoded at once
 
 
 class Head(nn.Module):
@@ -36,13 +36,7 @@ class Head(nn.Module):
 
 
 @torch.no_grad()
-def build_head(
-    model: CLIPN,
-    tokenizer: Callable[[list[str]], Tensor],
-    class_names: Sequence[str],
-    templates: Sequence[str],
-    batch_size: int = 512,
-) -> Head:
+def build_head(model: CLIPN, tokenizer: Tokenizer, class_names: Sequence[str], templates: Sequence[str]) -> Head:
     """Encode every class name in every template with both text towers (CLIPN, section 3.4).
 
     Per class and tower: encode, normalise, sum over templates, normalise. A model without prompts reads negated
@@ -52,27 +46,26 @@ def build_head(
     """
     templates, class_names = check_templates(templates), check_class_names(class_names)
     no_templates = templates if model.num_prompts else [negate(template) for template in templates]
-
-    def encoder(encode: Callable[[Tensor], Tensor]) -> Encode:
-        return lambda texts: torch.cat([encode(tokens) for tokens in tokenizer(texts).split(batch_size)])
-
     was_training = model.training
     model.eval()
-    weight_yes = class_weights(encoder(model.encode_text), class_names, templates, batch_size)
-    weight_no = class_weights(encoder(model.encode_no_text), class_names, no_templates, batch_size)
+    weight_yes = class_weights(model.encode_text, tokenizer, class_names, templates)
+    weight_no = class_weights(model.encode_no_text, tokenizer, class_names, no_templates)
     model.train(was_training)
     return Head(weight_yes, weight_no)
 
 
-def class_weights(encode: Encode, class_names: list[str], templates: list[str], batch_size: int) -> Tensor:
+def class_weights(
+    encode: Callable[[Tensor], Tensor], tokenizer: Tokenizer, class_names: Sequence[str], templates: Sequence[str]
+) -> Tensor:
     """[C, D], encoded in batches of whole classes, so that memory does not grow with the number of classes."""
-    step = max(1, batch_size // len(templates))
+    step = max(1, _BATCH // len(templates))
     weights = []
     disable = None if is_main() else True  # None: where there is no terminal
     with tqdm(total=len(class_names), unit="class", desc="class names", disable=disable, delay=2, leave=False) as bar:
         for start in range(0, len(class_names), step):
             names = class_names[start : start + step]
-            features = encode([fill(template, name) for name in names for template in templates])
+            tokens = tokenizer([fill(template, name) for name in names for template in templates])
+            features = torch.cat([encode(part) for part in tokens.split(_BATCH)])
             weights.append(F.normalize(features.unflatten(0, (len(names), len(templates))).sum(dim=1), dim=-1))
             bar.update(len(names))
     return torch.cat(weights)

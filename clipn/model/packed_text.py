@@ -5,10 +5,7 @@ then packed end to end, and only attention, a few percent of the work, arranges 
 non-standard blocks, the batch is truncated to its longest caption. Other towers read the whole batch.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -63,9 +60,8 @@ def token_embedding(tower: nn.Module) -> nn.Embedding:
 
 def ignores_padding(tower: nn.Module) -> bool:
     """Whether the tokens behind the end token have no effect: causal mask, and pooling at the end token."""
-    if not isinstance(tower, TextTransformer) or tower.attn_mask is None:
-        return False
-    return tower.cls_emb is None and tower.pool_type in ("argmax", "eos")
+    causal = isinstance(tower, TextTransformer) and tower.attn_mask is not None
+    return causal and tower.cls_emb is None and tower.pool_type in ("argmax", "eos")
 
 
 def is_packable(tower: nn.Module) -> bool:
@@ -83,11 +79,11 @@ def is_standard(tower: TextTransformer) -> bool:
 
 def compile_text(tower: nn.Module) -> None:
     """Apply torch.compile to a text tower; if it is packable, only to the MLPs, whose input has a dynamic length."""
-    if not is_packable(tower):
+    if is_packable(tower):
+        for block in tower.transformer.resblocks:
+            block.mlp.compile(dynamic=True)
+    else:
         tower.compile()
-        return
-    for block in tower.transformer.resblocks:
-        block.mlp.compile(dynamic=True)
 
 
 def caption_lengths(tower: TextTransformer, tokens: Tensor) -> Tensor:
@@ -144,10 +140,10 @@ def _encode_packed(tower: TextTransformer, tokens: Tensor, prompts: Tensor | Non
         else:
             hidden = _block(block, hidden, captions.groups)
     pooled = tower.ln_final(hidden[captions.ends])
-    if tower.text_projection is None:
+    projection = tower.text_projection
+    if projection is None:
         return pooled
-    linear = isinstance(tower.text_projection, nn.Linear)
-    return tower.text_projection(pooled) if linear else pooled @ tower.text_projection
+    return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
 
 
 def _block(block: ResidualAttentionBlock, hidden: Tensor, groups: list[Group]) -> Tensor:
@@ -174,19 +170,11 @@ def _to(captions: Captions, device: torch.device) -> Captions:
     return Captions(*(part.to(device, non_blocking=True) for part in captions[:4]), groups)
 
 
-@contextmanager
-def _added_prompts(tower: nn.Module, prompts: Tensor | None, choice: Tensor | None) -> Iterator[None]:
+def _added_prompts(tower: nn.Module, prompts: Tensor | None, choice: Tensor | None) -> AbstractContextManager:
     """Add prompts to the output of the token embedding, as every tower then adds the position embeddings."""
     if prompts is None:
-        yield
-        return
+        return nullcontext()
     chosen = prompts[:1] if choice is None else F.embedding(choice, prompts.flatten(1)).unflatten(1, prompts.shape[1:])
-
-    def add(module: nn.Module, arguments: tuple, embedded: Tensor) -> Tensor:
-        return embedded + chosen[:, : embedded.shape[1]].to(embedded.dtype)
-
-    hook = token_embedding(tower).register_forward_hook(add)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return token_embedding(tower).register_forward_hook(
+        lambda module, arguments, embedded: embedded + chosen[:, : embedded.shape[1]].to(embedded.dtype)
+    )

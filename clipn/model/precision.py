@@ -1,7 +1,5 @@
 """Mixed precision: the values of train.precision, features.precision and eval.precision."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

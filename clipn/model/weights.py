@@ -1,14 +1,12 @@
 """Open a model by any name of weights: checkpoint file, run folder, shared folder, hub repository, open_clip tag."""
 
-from __future__ import annotations
-
 import logging
 import re
 from pathlib import Path
 
 import torch
 
-from clipn.model.checkpoint import base_weights, is_clipn, last_checkpoint, read_checkpoint
+from clipn.model.checkpoint import base_weights, last_checkpoint, no_weights, read_checkpoint
 from clipn.model.clipn import CLIPN, create_model_and_transforms, load_model
 
 WEIGHTS = "clipn.safetensors"  # the weights in a shared folder or a hub repository
@@ -36,27 +34,28 @@ def open_model(
     Raises ValueError or FileNotFoundError for what does not exist or does not fit; OSError for a failed download.
     """
     file = find_weights(source)
+    state = {}
     if file is None:
         if model_name is None:
             raise FileNotFoundError(
                 f"{str(source)!r}: no such file or folder; expected a checkpoint, a run folder, a shared folder, "
                 f"{HUB}user/repo, or an open_clip tag together with its model_name"
             )
-        model = create_model_and_transforms(model_name, str(source), num_prompts, device)[0]
-        _warn_untrained(source)
-        return model
-    content = read_checkpoint(file)
-    has_base = bool(base_weights(content["state_dict"]))
-    architecture = content.get("architecture") or model_name
-    if not architecture:
-        raise ValueError(f"{file}: does not say its architecture; give model_name, open_clip's name or a JSON file")
-    if base and has_base:
-        raise ValueError(f"base={str(base)!r}: {file} holds a base of its own; leave base out")
-    model = load_model(content, str(file), architecture, num_prompts, base)
-    if not is_clipn(content["state_dict"]):
-        _warn_untrained(file)
-    if has_base and not content.get("preprocess"):
-        log.warning("%s does not say its images' statistics: CLIP's are used", file)
+        model = create_model_and_transforms(model_name, str(source), num_prompts)[0]
+    else:
+        content = read_checkpoint(file)
+        state, architecture = content["state_dict"], content.get("architecture") or model_name
+        if not architecture:
+            raise ValueError(f"{file}: does not say its architecture; give model_name, open_clip's name or a JSON file")
+        if base and base_weights(state):
+            raise ValueError(f"base={str(base)!r}: {file} holds a base of its own; leave base out")
+        model = load_model(content, str(file), architecture, num_prompts, base)
+        if base_weights(state) and not content.get("preprocess"):
+            log.warning("%s does not say its images' statistics: CLIP's are used", file)
+    if not no_weights(state):
+        log.warning(
+            "%s is a plain CLIP: its no tower is an untrained copy, so CTW and ATD are meaningless", file or source
+        )
     return model.to(device).eval()
 
 
@@ -100,7 +99,3 @@ def _download(name: str) -> Path:
         reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), None)
         reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
         raise (ValueError if isinstance(error, errors.HFValidationError) else OSError)(f"{name}: {reason}") from error
-
-
-def _warn_untrained(source: str | Path) -> None:
-    log.warning("%s is a plain CLIP: its no tower is an untrained copy, so CTW and ATD are meaningless", source)

@@ -16,7 +16,7 @@ from clipn.config.schema import Config
 from clipn.losses import itbo_loss, tso_loss
 from clipn.model.base import Architecture, build_base
 from clipn.model.checkpoint import load_weights, published_state
-from clipn.model.clipn import create_model_and_transforms
+from clipn.model.clipn import configured_model
 from clipn.model.packed_text import compile_text, text_features
 from clipn.model.precision import autocast
 from clipn.runtime.distributed import gather_rows, rank, world_size
@@ -61,12 +61,8 @@ class ClipnObjective:
     """The no tower and its prompts learn from ITBO and TSO; the base is frozen (CLIPN, section 3.3)."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        settings = config.model
         self.config, self.device = config, device
-        self.model, _, _ = create_model_and_transforms(
-            settings.name, settings.pretrained, settings.num_prompts, device, settings.image_mean, settings.image_std
-        )
-        self.model.train()
+        self.model = configured_model(config.model, device).train()
         self.trained = sync_batch_norm(self.model.no_text, device)
         self.preprocess, self.architecture = self.model.preprocess, self.model.architecture
         if config.train.grad_checkpointing:
