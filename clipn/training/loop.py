@@ -71,8 +71,9 @@ def _train(config: Config) -> None:
     if from_features:
         features = pair_features(config, objective.model, tokenizer, pairs)
         run.left_out |= count_causes(features.skipped)
-    run.available = len(features if from_features else pairs)
-    run.fingerprint = features.fingerprint if from_features else fingerprint(pairs)
+        run.available, run.fingerprint = len(features), features.fingerprint
+    else:
+        run.available, run.fingerprint = len(pairs), fingerprint(pairs)
     if resumed:
         run.restore(resumed["training"])
     if from_features:
@@ -140,32 +141,24 @@ class Run:
             self.skipped_before[CAUSES.index(cause)] = count
         self.skipped_steps = training["skipped_steps"]
         if training["ranks"] != world_size():
+            share = self.config.train.batch_size // world_size()
             log.warning(
-                "resuming with %d ranks instead of %d: each now has %d pairs of the same global batches, and sums are "
-                "rounded in another order",
-                world_size(),
-                training["ranks"],
-                self.config.train.batch_size // world_size(),
+                f"resuming with {world_size()} ranks instead of {training['ranks']}: each now has {share} pairs of the "
+                "same global batches, and sums are rounded in another order"
             )
 
     def log_summary(self) -> None:
         """Log what is about to be trained."""
-        num_pairs = self.config.data.num_pairs or self.available
+        train, num_pairs = self.config.train, self.config.data.num_pairs or self.available
+        learning = sum(p.numel() for p in self.objective.trained.parameters() if p.requires_grad)
         log.info(
-            "training %s (%s, %.1f M parameters learn) on %d x %s: %d pairs, %d epochs of %d steps, from step %d",
-            self.config.train.objective,
-            self.config.model.name,
-            sum(p.numel() for p in self.objective.trained.parameters() if p.requires_grad) / 1e6,
-            world_size(),
-            self.device,
-            num_pairs,
-            self.config.train.epochs,
-            self.steps_per_epoch,
-            self.step,
+            f"training {train.objective} ({self.config.model.name}, {learning / 1e6:.1f} M parameters learn) on "
+            f"{world_size()} x {self.device}: {num_pairs} pairs, {train.epochs} epochs of {self.steps_per_epoch} "
+            f"steps, from step {self.step}"
         )
-        unused = num_pairs % self.config.train.batch_size
+        unused = num_pairs % train.batch_size
         if unused:
-            log.info("each epoch leaves out %d pairs that fill no batch, and every epoch leaves out others", unused)
+            log.info(f"each epoch leaves out {unused} pairs that fill no batch, and every epoch leaves out others")
 
     def take_steps(self, loader: Any, stop: StopSignals) -> None:
         """Take the remaining steps; returns when the last checkpoint is on disk. Raises Interrupted on a stop."""
@@ -262,7 +255,7 @@ class Run:
         bad, seen = sum(skipped.values()), self.step * train.batch_size
         if epoch.is_integer():
             counts = ", ".join(f"{count} {cause}" for cause, count in (self.left_out | skipped).items()) or "none"
-            log.info("epoch %d of %d: loss %.4f; pairs skipped: %s", epoch, train.epochs, loss, counts)
+            log.info(f"epoch {epoch:.0f} of {train.epochs}: loss {loss:.4f}; pairs skipped: {counts}")
         else:
             seen = max(seen, 1000)  # a few bad pairs at the start do not stop a run
         check_bad_fraction(bad, bad + seen, skipped, self.config.data)
