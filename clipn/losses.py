@@ -1,7 +1,5 @@
 """CLIPN's two losses (CLIPN, ICCV 2023, section 3.3), in float32 and numerically stable for any margin."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Metrics of how well a score separates ID from OOD images. ID is the positive class and has the higher scores."""
 
-from __future__ import annotations
-
 import numpy as np
 
 
@@ -58,7 +56,7 @@ def bootstrap_interval(
 
 def _auroc(id_counts: np.ndarray, ood_counts: np.ndarray) -> float:
     lower_ood = ood_counts.sum() - ood_counts.cumsum() + ood_counts / 2
-    return float((id_counts * lower_ood).sum() / (id_counts.sum() * ood_counts.sum()))
+    return float(id_counts @ lower_ood / (id_counts.sum() * ood_counts.sum()))
 
 
 def _fpr95(id_counts: np.ndarray, ood_counts: np.ndarray) -> float:
@@ -85,7 +83,7 @@ def _checked(scores: np.ndarray, name: str) -> np.ndarray:
     scores = np.asarray(scores, dtype=np.float64).ravel()
     if not len(scores):
         raise ValueError(f"{name}: empty; both ID and OOD scores are needed")
-    bad = int((~np.isfinite(scores)).sum())
+    bad = np.sum(~np.isfinite(scores))
     if bad:
         raise ValueError(f"{name}: {bad} of {len(scores)} scores are NaN or infinite")
     return scores

@@ -4,8 +4,6 @@ Each score takes logits_yes and logits_no, [B, C] = scale * cosine, and returns 
 ATD use logits_no.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

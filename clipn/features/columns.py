@@ -1,7 +1,5 @@
 """Random access to the columns of a feature store: fixed-size rows, and rows of varying length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -20,20 +18,16 @@ class DenseColumn:
             self.parts = [torch.cat([part.to(device) for part in self.parts])]
         self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
 
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
     def take(self, rows: Tensor, epoch: int) -> Tensor:
         """Row numbers [b] -> [b, D], of the view epoch % views."""
         view = epoch % self.parts[0].shape[1]
         if len(self.parts) == 1:
             return self.parts[0][rows.to(self.parts[0].device), view]
-        part_of_row = torch.bucketize(rows, self.ends, right=True)
+        numbers = torch.bucketize(rows, self.ends, right=True)
         values = self.parts[0].new_empty(len(rows), self.parts[0].shape[2])
-        for part in part_of_row.unique().tolist():
-            here = part_of_row == part
-            start = int(self.ends[part]) - len(self.parts[part])
-            values[here] = self.parts[part][rows[here] - start, view]
+        for number in numbers.unique().tolist():
+            part, here = self.parts[number], numbers == number
+            values[here] = part[rows[here] - self.ends[number] + len(part), view]
         return values
 
 
@@ -48,10 +42,8 @@ class RaggedColumn:
 
     def take(self, rows: Tensor, epoch: int) -> Tensor:
         """Row numbers [b] -> [b, longest, ...], padded with zeros, of the view epoch % views."""
-        view = epoch % self.lengths.shape[1]
-        lengths, starts = self.lengths[rows, view, None], self.starts[rows, view, None]
-        position = torch.arange(self.longest)
-        real = position < lengths
+        view, position = epoch % self.lengths.shape[1], torch.arange(self.longest)
+        starts, real = self.starts[rows, view, None], position < self.lengths[rows, view, None]
         padded = self.values.new_zeros(*real.shape, *self.values.shape[1:])
         padded[real] = self.values[(starts + position)[real]]
         return padded

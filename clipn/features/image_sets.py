@@ -1,7 +1,5 @@
 """Features of image sets from the frozen image tower, computed once and kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -55,9 +53,8 @@ def image_set_features(
         parts = [store.read(part) for part in range(len(store))]
         skipped, causes = torch.cat([part["skipped"] for part in parts]).T.tolist()
         if len(skipped) == len(images):
-            raise ValueError(
-                f"image set {images.name!r}: none of the {len(images)} images in {images.root} is readable"
-            )
+            total = len(images)
+            raise ValueError(f"image set {images.name!r}: none of the {total} images in {images.root} is readable")
         parts = [part for part in parts if "image" in part]
         columns = {name: torch.cat([part[name] for part in parts]) for name in ("image", *scores)}
         barrier()

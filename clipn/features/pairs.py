@@ -1,7 +1,5 @@
 """Features of training pairs from the frozen towers, computed once and kept on disk."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -37,9 +35,7 @@ class PairFeatures:
         parts = [store.read(part) for part in range(len(store))]
         self.fingerprint: str = store.manifest["pairs"]
         self.skipped = torch.cat([part["skipped"] for part in parts])
-        readable = torch.ones(store.samples, dtype=torch.bool)
-        readable[self.skipped[:, 0]] = False
-        self.numbers = readable.nonzero().squeeze(1)
+        self.numbers = torch.ones(store.samples, dtype=bool).index_fill(0, self.skipped[:, 0], False).nonzero()[:, 0]
         parts = [part for part in parts if "image" in part]
         if not parts:
             raise ValueError(f"{store.folder}: none of its {store.samples} pairs is readable")
@@ -78,12 +74,12 @@ def pair_features(config: Config, model: CLIPN, tokenizer: Tokenizer, pairs: Pai
     if missing and pairs is None:
         raise ValueError(f"{folder}: {len(missing)} of {len(store)} parts are missing, and data.shards names no pairs")
     texts = settings.views if len(data.caption_templates) > 1 else 1
-    rows = settings.views + texts
-    _check_space(store, missing, rows * model.architecture["embed_dim"] * getattr(torch, settings.dtype).itemsize)
+    dtype = getattr(torch, settings.dtype)
+    _check_space(store, missing, (settings.views + texts) * model.architecture["embed_dim"] * dtype.itemsize)
     if missing:
         store.fill(
             _PairViews(config, pairs, model, tokenizer, texts),
-            pair_encoder(model, settings.precision or config.train.precision, getattr(torch, settings.dtype)),
+            pair_encoder(model, settings.precision or config.train.precision, dtype),
             settings.batch_size,
             data.workers,
             "features",
@@ -164,7 +160,9 @@ class _PairViews(Dataset):
 def _manifest(config: Config, model: CLIPN, pairs: Pairs | None) -> dict[str, Any]:
     """All that the features of a training set depend on."""
     data, settings = config.data, config.features
-    manifest = {
+    keys = ("crop_scale", "flip", "color_jitter", "erase", "caption_templates")
+    keys += ("caption_key", "image_column", "caption_column")
+    manifest = {key: getattr(data, key) for key in keys} | {
         "of": "image-caption pairs",
         "model": model.architecture,
         "weights": weights_hash(model.base.visual, model.base.text),
@@ -177,9 +175,6 @@ def _manifest(config: Config, model: CLIPN, pairs: Pairs | None) -> dict[str, An
         "seed": settings.seed,
         "part_size": settings.part_size,
     }
-    keys = ("crop_scale", "flip", "color_jitter", "erase", "caption_templates")
-    for key in (*keys, "caption_key", "image_column", "caption_column"):
-        manifest[key] = getattr(data, key)
     if pairs is not None:
         manifest |= {"shards": len(pairs.paths), "pairs": fingerprint(pairs), "samples": len(pairs)}
     return manifest
@@ -187,12 +182,9 @@ def _manifest(config: Config, model: CLIPN, pairs: Pairs | None) -> dict[str, An
 
 def _check_space(store: FeatureStore, missing: list[int], bytes_per_sample: int) -> None:
     """Log the size of the features. Raises OSError when there is no space for the missing ones."""
-    needed = sum(len(store.numbers(part)) for part in missing) * bytes_per_sample
-    free = shutil.disk_usage(store.folder).free
-    size = store.samples * bytes_per_sample / 1e6
+    needed = sum(len(store.numbers(part)) for part in missing) * bytes_per_sample / 1e6
+    free, size = shutil.disk_usage(store.folder).free / 1e6, store.samples * bytes_per_sample / 1e6
     message = "features: %d pairs in %s, about %.1f MB; %d of %d parts are missing"
     log.info(message, store.samples, store.folder, size, len(missing), len(store))
     if needed > free:
-        raise OSError(
-            f"{store.folder}: the features need {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free there"
-        )
+        raise OSError(f"{store.folder}: the features need {needed:.0f} MB, and {free:.0f} MB are free there")

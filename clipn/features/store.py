@@ -3,8 +3,6 @@
 A part holds named tensors (columns) of `part_size` samples. One rank writes it atomically; an existing part is kept.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict
@@ -104,10 +102,7 @@ class FeatureStore:
         check(skipped, seen) is called with all "skipped" rows and the number of samples of this rank so far.
         """
         parts = self.missing()[rank() :: world_size()]
-        batches = {
-            part: [list(self.numbers(part)[k : k + batch_size]) for k in range(0, len(self.numbers(part)), batch_size)]
-            for part in parts
-        }
+        batches = {part: [b.tolist() for b in torch.tensor(self.numbers(part)).split(batch_size)] for part in parts}
         loader = DataLoader(
             dataset,
             batch_sampler=[batch for part in parts for batch in batches[part]],
@@ -146,8 +141,8 @@ def _collate_readable(samples: list[Any]) -> tuple[Columns, Tensor]:
 def _read_manifest(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not {"samples", "part_size"} <= content.keys():
+            raise ValueError(repr(content))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: not the manifest of a feature store: {error}; delete its folder") from error
-    if not isinstance(content, dict) or not {"samples", "part_size"} <= content.keys():
-        raise ValueError(f"{file}: not the manifest of a feature store: {content!r}; delete its folder")
     return content
