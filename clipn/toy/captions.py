@@ -1,7 +1,5 @@
 """Captions of the built-in world's images, from the templates of world.yaml."""
 
-from __future__ import annotations
-
 from numpy.random import Generator
 
 from clipn.toy.drawing import Thing, pick

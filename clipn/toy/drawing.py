@@ -1,10 +1,8 @@
 """Draws the images of the built-in world: things on pale backgrounds, scenes and textures."""
 
-from __future__ import annotations
-
 import math
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.random import Generator
@@ -16,8 +14,7 @@ from clipn.toy.shapes import COLOURS, SCENES, TEXTURES, THINGS, Colour, with_art
 OVERSAMPLING = 3  # canvases are this many times larger than the image, then averaged down, for smooth edges
 
 
-@dataclass(frozen=True)
-class Thing:
+class Thing(NamedTuple):
     """A thing as drawn in one image: size of its box and centre in fractions of the image side, tilt in degrees."""
 
     name: str
@@ -52,8 +49,8 @@ def _clouds(rng: Generator, side: int) -> np.ndarray:
 
 def _blend(weight: np.ndarray, first: np.ndarray, second: np.ndarray) -> Image.Image:
     """A canvas with the first colour [3] where the weight [side, side] is 0, the second where it is 1."""
-    first, second = first.astype(np.float32), second.astype(np.float32)
-    return pixels_to_image(first + weight[..., None].astype(np.float32) * (second - first))
+    weight, first, second = (values.astype(np.float32) for values in (weight, first, second))
+    return pixels_to_image(first + weight[..., None] * (second - first))
 
 
 def _jitter(rng: Generator, colour: Colour, spread: float = 15) -> np.ndarray:
@@ -74,16 +71,18 @@ def _background(rng: Generator, side: int) -> tuple[Image.Image, str]:
     """A pale canvas, plain or with a faint pattern, and its description in captions."""
     first = rng.uniform(205, 255, 3)
     second = first - rng.uniform(10, 35)
-    kind = rng.random()
+    kind, text = rng.random(), "a pale background"
     if kind < 0.3:
-        return _blend(np.zeros((side, side)), first, second), "a plain background"
-    if kind < 0.5:
-        return _blend(_clouds(rng, side), first, second), "a pale background"
-    if kind < 0.65:
+        weight, text = np.zeros((side, side)), "a plain background"
+    elif kind < 0.5:
+        weight = _clouds(rng, side)
+    elif kind < 0.65:
         x, y = _coordinates(side)
-        return _blend(0.5 + x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1), first, second), "a pale background"
-    name = pick(rng, list(TEXTURES))
-    return _blend(_texture(rng, name, side), first, second), f"a pale background with {with_article(name)}"
+        weight = 0.5 + x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)
+    else:
+        name = pick(rng, list(TEXTURES))
+        weight, text = _texture(rng, name, side), f"a pale background with {with_article(name)}"
+    return _blend(weight, first, second), text
 
 
 def _shaded(colour: np.ndarray, shade: str) -> Colour:
@@ -94,12 +93,10 @@ def _shaded(colour: np.ndarray, shade: str) -> Colour:
 def _draw_thing(rng: Generator, draw: ImageDraw, side: int, thing: Thing) -> None:
     """Draws a thing, mirrored half the time and a little stretched."""
     colour = _jitter(rng, COLOURS[thing.colour])
-    tilt, stretch = math.radians(thing.tilt), math.exp(rng.normal(0, 0.08))
+    stretch, scale = math.exp(rng.normal(0, 0.08)), thing.size * side / 100
     width, height = rng.choice([-1, 1]) * stretch, 1 / stretch
-    scale = thing.size * side / 100
-    to_canvas = scale * np.array(
-        [[math.cos(tilt) * width, math.sin(tilt) * width], [-math.sin(tilt) * height, math.cos(tilt) * height]]
-    )
+    sine, cosine = math.sin(math.radians(thing.tilt)), math.cos(math.radians(thing.tilt))
+    to_canvas = scale * np.array([[cosine * width, sine * width], [-sine * height, cosine * height]])
     for mark in THINGS[thing.name]:
         points = ((mark.points - 50) @ to_canvas + thing.centre * side).ravel().tolist()
         if mark.width:
@@ -108,11 +105,8 @@ def _draw_thing(rng: Generator, draw: ImageDraw, side: int, thing: Thing) -> Non
             draw.polygon(points, _shaded(colour, mark.shade))
 
 
-def _draw_spots(rng: Generator, draw: ImageDraw, side: int) -> None:
-    """Draws a few small gray spots as clutter."""
-    for _ in range(rng.integers(2, 6)):
-        (x, y), radius = rng.uniform(0, side, 2), rng.uniform(0.015, 0.04) * side
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(int(rng.integers(120, 200)),) * 3)
+def _disc(draw: ImageDraw, x: float, y: float, radius: float, fill: Colour) -> None:
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
 
 
 def _finish(rng: Generator, canvas: Image.Image) -> Image.Image:
@@ -121,75 +115,53 @@ def _finish(rng: Generator, canvas: Image.Image) -> Image.Image:
     return pixels_to_image(pixels + rng.uniform(0, 6) * rng.standard_normal(pixels.shape, dtype=np.float32))
 
 
-# --- scene layers: the upper edge lies about `level` image sides below the top ---
-
-
 def _ground(draw: ImageDraw, side: int, edge: np.ndarray, fill: Colour) -> None:
     """Fills everything below an edge, whose points run from left to right in image sides below the top."""
     outline = zip(np.linspace(0, side, len(edge)).tolist(), (edge * side).tolist(), strict=True)
     draw.polygon([(0, side), *outline, (side, side)], fill)
 
 
-def _plain(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
-    _ground(draw, side, np.array([level, level]), fill)
-
-
-def _hills(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
-    phase = np.linspace(0, rng.uniform(4, 9), 40) + rng.uniform(0, 6)
-    _ground(draw, side, level + rng.uniform(0.02, 0.06) * np.sin(phase), fill)
-
-
-def _peaks(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
-    heights = rng.uniform(0.03, 0.2, rng.integers(6, 10))
-    heights[rng.integers(2) :: 2] *= -1
-    _ground(draw, side, level - heights, fill)
-
-
-def _firs(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
-    for x in (np.arange(0, 1.1, 0.11) + rng.uniform(-0.04, 0.04, 10)).tolist():
-        top, half = level + rng.uniform(-0.12, 0.05), rng.uniform(0.08, 0.12)
-        corners = [(x, top), (x - half, top + 0.5), (x + half, top + 0.5)]
-        draw.polygon([(a * side, b * side) for a, b in corners], fill)
-    _plain(rng, draw, side, level + 0.4, fill)
-
-
-def _towers(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
-    left = -rng.uniform(0, 0.1)
-    while left < 1:
-        width, top = rng.uniform(0.12, 0.22), level + rng.uniform(-0.18, 0.18)
-        draw.rectangle((left * side, top * side, (left + width) * side, side), fill)
-        for y in np.arange(top + 0.04, 1, 0.08):
-            for x in np.arange(left + 0.03, left + width - 0.04, 0.06):
-                if rng.random() < 0.5:
-                    draw.rectangle((x * side, y * side, (x + 0.03) * side, (y + 0.035) * side), (250, 220, 120))
-        left += width + rng.uniform(0, 0.05)
-
-
-def _swell(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
-    for _ in range(30):
-        depth = rng.uniform(0.03, 1)
-        x, y, half = rng.uniform(0, 1), level + depth * (1 - level), 0.03 + 0.1 * depth
-        ends = ((x - half) * side, y * side, (x + half) * side, y * side)
-        draw.line(ends, fill, width=1 + round(0.02 * depth * side))
-
-
-def _flakes(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
-    radius = 0.015 * side
-    for x, y in rng.uniform(0, side, (rng.integers(10, 40), 2)).tolist():
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
-
-
-def _sun(rng: Generator, draw: ImageDraw, side: int, level: float, fill: Colour) -> None:
-    x, radius = rng.uniform(0.2, 0.8), rng.uniform(0.12, 0.2)
-    draw.ellipse([value * side for value in (x - radius, level - radius, x + radius, level + radius)], fill)
-
-
-_LAYERS = dict(
-    plain=_plain, hills=_hills, peaks=_peaks, firs=_firs, towers=_towers, swell=_swell, flakes=_flakes, sun=_sun
-)
-
-
-# --- whole images ---
+def _draw_layer(rng: Generator, draw: ImageDraw, side: int, painter: str, level: float, fill: Colour) -> None:
+    """Draws a layer of a scene, whose upper edge lies about `level` image sides below the top."""
+    match painter:
+        case "plain":
+            _ground(draw, side, np.array([level, level]), fill)
+        case "hills":
+            phase = np.linspace(0, rng.uniform(4, 9), 40) + rng.uniform(0, 6)
+            _ground(draw, side, level + rng.uniform(0.02, 0.06) * np.sin(phase), fill)
+        case "peaks":
+            heights = rng.uniform(0.03, 0.2, rng.integers(6, 10))
+            heights[rng.integers(2) :: 2] *= -1
+            _ground(draw, side, level - heights, fill)
+        case "firs":
+            for x in (np.arange(0, 1.1, 0.11) + rng.uniform(-0.04, 0.04, 10)).tolist():
+                top, half = level + rng.uniform(-0.12, 0.05), rng.uniform(0.08, 0.12)
+                corners = np.array([x, top, x - half, top + 0.5, x + half, top + 0.5])
+                draw.polygon((corners * side).tolist(), fill)
+            _ground(draw, side, np.array([level + 0.4] * 2), fill)
+        case "towers":
+            left = -rng.uniform(0, 0.1)
+            while left < 1:
+                width, top = rng.uniform(0.12, 0.22), level + rng.uniform(-0.18, 0.18)
+                draw.rectangle((left * side, top * side, (left + width) * side, side), fill)
+                for y in np.arange(top + 0.04, 1, 0.08):
+                    for x in np.arange(left + 0.03, left + width - 0.04, 0.06):
+                        if rng.random() < 0.5:
+                            draw.rectangle((x * side, y * side, (x + 0.03) * side, (y + 0.035) * side), (250, 220, 120))
+                left += width + rng.uniform(0, 0.05)
+        case "swell":
+            for _ in range(30):
+                depth = rng.uniform(0.03, 1)
+                x, y, half = rng.uniform(0, 1), level + depth * (1 - level), 0.03 + 0.1 * depth
+                ends = ((x - half) * side, y * side, (x + half) * side, y * side)
+                draw.line(ends, fill, width=1 + round(0.02 * depth * side))
+        case "flakes":
+            for x, y in rng.uniform(0, side, (rng.integers(10, 40), 2)).tolist():
+                _disc(draw, x, y, 0.015 * side, fill)
+        case "sun":
+            _disc(draw, rng.uniform(0.2, 0.8) * side, level * side, rng.uniform(0.12, 0.2) * side, fill)
+        case _:
+            raise ValueError(f"world.yaml: unknown layer {painter!r}")
 
 
 def _arrange(rng: Generator, names: list[str]) -> list[Thing]:
@@ -200,8 +172,7 @@ def _arrange(rng: Generator, names: list[str]) -> list[Thing]:
     else:
         sizes = [rng.uniform(0.45, 0.6), rng.uniform(0.3, 0.4)]
         angle = rng.uniform(0, 2 * math.pi)
-        direction = np.array([math.cos(angle), math.sin(angle)])
-        centres = [0.5 + 0.21 * direction, 0.5 - 0.32 * direction]
+        centres = [0.5 + distance * np.array([math.cos(angle), math.sin(angle)]) for distance in (0.21, -0.32)]
     return [
         Thing(name, pick(rng, list(COLOURS)), size, float(np.clip(rng.normal(0, 12), -30, 30)), centre)
         for name, size, centre in zip(names, sizes, centres, strict=True)
@@ -214,7 +185,9 @@ def draw_things(rng: Generator, names: list[str], image_size: int) -> tuple[Imag
     canvas, background = _background(rng, side)
     draw = Draw(canvas)
     if rng.random() < 0.15:
-        _draw_spots(rng, draw, side)
+        for _ in range(rng.integers(2, 6)):  # small gray spots as clutter
+            (x, y), radius = rng.uniform(0, side, 2), rng.uniform(0.015, 0.04) * side
+            _disc(draw, x, y, radius, (int(rng.integers(120, 200)),) * 3)
     things = _arrange(rng, names)
     for thing in things:
         _draw_thing(rng, draw, side, thing)
@@ -223,14 +196,12 @@ def draw_things(rng: Generator, names: list[str], image_size: int) -> tuple[Imag
 
 def draw_scene(rng: Generator, name: str, image_size: int) -> Image.Image:
     """An image of a scene."""
-    side = image_size * OVERSAMPLING
-    scene = SCENES[name]
-    fade = _coordinates(side)[1] + 0.5
-    canvas = _blend(fade, _jitter(rng, scene.top), _jitter(rng, scene.bottom))
+    side, scene = image_size * OVERSAMPLING, SCENES[name]
+    canvas = _blend(_coordinates(side)[1] + 0.5, _jitter(rng, scene.top), _jitter(rng, scene.bottom))
     draw = Draw(canvas)
     shift = rng.uniform(-0.08, 0.08)
     for painter, level, colour in scene.layers:
-        _LAYERS[painter](rng, draw, side, level + shift, tuple(_jitter(rng, colour).astype(int).tolist()))
+        _draw_layer(rng, draw, side, painter, level + shift, tuple(_jitter(rng, colour).astype(int).tolist()))
     return _finish(rng, canvas)
 
 

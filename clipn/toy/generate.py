@@ -4,8 +4,6 @@ It holds captioned images of things, scenes and textures, and labelled folders o
 images. Everything follows from the parameters of `make_toy`.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -63,18 +61,21 @@ def make_toy(
     Writes pairs/pairs-00000.tar, ... (webdataset shards of 2500 pairs, key.jpg + key.txt) and folders of images
     id/<thing>, near/<thing>, scenes/<kind>, textures/<kind>, digits/<digit> with `_` for spaces in their names;
     world.json is written last. Images are RGB, image_size x image_size pixels. The same parameters give the same
-    bytes, whatever the number of worker processes.
-
-    Raises ValueError for parameters out of range, or if root holds a world made with others, or folders of these
-    names that belong to no world.
+    bytes, whatever the number of worker processes. Raises ValueError for parameters out of range, or if root holds a
+    world made with others, or folders of these names that belong to no world.
     """
     root = Path(root)
     world = _World(root, num_pairs, images_per_class, seed, image_size)
     for name, least in (("num_pairs", 1), ("images_per_class", 1), ("seed", 0), ("image_size", 8)):
         if world.parameters[name] < least:
             raise ValueError(f"{name} is {world.parameters[name]}, but must be at least {least}")
-    if _is_made(world):
-        return root
+    if (root / "world.json").exists():
+        saved = json.loads((root / "world.json").read_text(encoding="utf-8"))
+        saved = {name: saved.get(name) for name in world.parameters}
+        if saved == world.parameters:
+            return root
+        asked = f"{world.parameters} was asked for: name another root, or delete that folder"
+        raise ValueError(f"{root} holds a world made with {saved}, but {asked}")
     _remove_unfinished(root)
     (root / "pairs").mkdir(parents=True, exist_ok=True)
     total = num_pairs + images_per_class * sum(len(names) for names in CLASSES.values())
@@ -88,10 +89,7 @@ def make_toy(
 
 
 def write_digits(folder: Path, image_size: int, images_per_class: int, seed: int) -> int:
-    """Write scikit-learn's handwritten 8 x 8 digits, enlarged, as folder/<digit>/0000.jpg, ... and return how many.
-
-    There are at least 174 of each digit; no more are written.
-    """
+    """Write scikit-learn's 8 x 8 digits, at least 174 of each, enlarged, to folder/<digit>; return how many."""
     from sklearn.datasets import load_digits  # here, as its import takes a second
 
     digits = load_digits()
@@ -104,28 +102,12 @@ def write_digits(folder: Path, image_size: int, images_per_class: int, seed: int
     return count
 
 
-def _is_made(world: _World) -> bool:
-    """Whether its root holds a finished world. Raises ValueError if that was made with other parameters."""
-    record = world.root / "world.json"
-    if not record.exists():
-        return False
-    saved = json.loads(record.read_text(encoding="utf-8"))
-    saved = {name: saved.get(name) for name in world.parameters}
-    if saved != world.parameters:
-        raise ValueError(
-            f"{world.root} holds a world made with {saved}, but {world.parameters} was asked for: "
-            "name another root, or delete that folder"
-        )
-    return True
-
-
 def _remove_unfinished(root: Path) -> None:
     """Remove the files of an interrupted call, recognised by their names, as root may hold others."""
     existing = [split for split in CLASSES if (root / split).exists()]
     if existing and not (root / "pairs").is_dir():
-        raise ValueError(
-            f"{root} holds {', '.join(existing)} but no pairs, so it is no built-in world: name another root"
-        )
+        holds = f"{', '.join(existing)} but no pairs"
+        raise ValueError(f"{root} holds {holds}, so it is no built-in world: name another root")
     for path in root.glob("pairs/pairs-*.tar"):
         path.unlink()
     for folder in (path for split in CLASSES for path in root.glob(f"{split}/*") if path.is_dir()):
@@ -139,12 +121,8 @@ def _tasks(world: _World) -> list[Callable[[], int]]:
     """Independent pieces of work, the longest first; each returns its number of images."""
     shards = [partial(_write_shard, world, shard) for shard in range(math.ceil(world.num_pairs / PAIRS_PER_SHARD))]
     digits = partial(write_digits, world.root / "digits", world.image_size, world.images_per_class, world.seed)
-    classes = [
-        partial(_write_class, world, split, position)
-        for split in ("id", "near", "scenes", "textures")
-        for position in range(len(CLASSES[split]))
-    ]
-    return [*shards, digits, *classes]
+    classes = [(split, n) for split in SPLITS[1:5] for n in range(len(CLASSES[split]))]
+    return [*shards, digits, *(partial(_write_class, world, split, n) for split, n in classes)]
 
 
 def _run(task: Callable[[], int]) -> int:
@@ -182,15 +160,15 @@ def _pair(rng: Generator, image_size: int) -> tuple[Image.Image, str]:
 
 def _write_class(world: _World, split: str, position: int) -> int:
     """Write the folder of one class and return its number of images."""
-    name = CLASSES[split][position]
-    first = position * world.images_per_class
-    rngs = (world.rng(split, first + number) for number in range(world.images_per_class))
-    if split == "scenes":
-        images = [draw_scene(rng, name, world.image_size) for rng in rngs]
-    elif split == "textures":
-        images = [draw_texture(rng, name, world.image_size)[0] for rng in rngs]
-    else:
-        images = [draw_things(rng, [name], world.image_size)[0] for rng in rngs]
+    name, images = CLASSES[split][position], []
+    for index in range(position * world.images_per_class, (position + 1) * world.images_per_class):
+        rng = world.rng(split, index)
+        if split == "scenes":
+            images.append(draw_scene(rng, name, world.image_size))
+        elif split == "textures":
+            images.append(draw_texture(rng, name, world.image_size)[0])
+        else:
+            images.append(draw_things(rng, [name], world.image_size)[0])
     return _write_folder(world.root / split / name.replace(" ", "_"), images)
 
 

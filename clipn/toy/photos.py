@@ -1,7 +1,5 @@
 """Real photos: archives with one folder per class, unpacked once, and scikit-learn's digits beside them."""
 
-from __future__ import annotations
-
 import json
 import tarfile
 from pathlib import Path
@@ -13,10 +11,9 @@ MARKER = "photos.json"  # written last: a folder without it is incomplete
 
 
 def unpack_photos(source: str | Path, root: str | Path, image_size: int = 32) -> Path:
-    """Unpack every *_test.tar and *_val.tar of `source` into `root`, one folder per archive, and write root/digits.
+    """Unpack *_test.tar and *_val.tar of `source`, <name>/<class>/<image>, into `root`, and write root/digits.
 
-    The archives hold <name>/<class>/<image>. Raises FileNotFoundError when `source` has no such archive, ValueError
-    when `root` was unpacked from something else.
+    Raises FileNotFoundError for a `source` without them, ValueError when `root` was unpacked from something else.
     """
     source, root = Path(source), Path(root)
     archives = sorted([*source.glob("*_test.tar"), *source.glob("*_val.tar")])

@@ -1,7 +1,5 @@
 """The data of the built-in world, read from world.yaml: things, colours, textures, scenes and caption templates."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ Colour = tuple[int, int, int]  # red, green, blue in 0..255
 
 
 class Mark(NamedTuple):
-    """One filled outline (width 0) or one stroke (width > 0, in box units) through points [count, 2] in box units."""
+    """A filled outline (width 0) or a stroke of this width through points [count, 2], all in box units."""
 
     shade: str
     points: np.ndarray
@@ -29,10 +27,6 @@ class Scene(NamedTuple):
     layers: list[tuple[str, float, Colour]]
 
 
-def _points(*numbers: float) -> np.ndarray:
-    return np.array(numbers, dtype=float).reshape(-1, 2)
-
-
 def _curve(left: float, top: float, right: float, bottom: float, start: float = 0, end: float = 380) -> np.ndarray:
     """Points [25, 2] on the ellipse that fills a box; 380 degrees are a full turn whose ends overlap."""
     angle = np.radians(np.linspace(start, end, 25))
@@ -42,8 +36,8 @@ def _curve(left: float, top: float, right: float, bottom: float, start: float = 
 
 
 _MARKS: dict[str, Callable[..., Mark]] = {
-    "polygon": lambda shade, *numbers: Mark(shade, _points(*numbers), 0),
-    "line": lambda shade, width, *numbers: Mark(shade, _points(*numbers), width),
+    "polygon": lambda shade, *numbers: Mark(shade, np.reshape(numbers, (-1, 2)), 0),
+    "line": lambda shade, width, *numbers: Mark(shade, np.reshape(numbers, (-1, 2)), width),
     "ellipse": lambda shade, *box: Mark(shade, _curve(*box, 0, 360), 0),
     "dome": lambda shade, *box: Mark(shade, _curve(*box, 180, 360), 0),
     "arc": lambda shade, width, *box_and_angles: Mark(shade, _curve(*box_and_angles), width),
@@ -83,6 +77,5 @@ CLASSES: dict[str, list[str]] = {
 
 def with_article(name: str) -> str:
     """The name after "a" or "an", or unchanged where it takes neither."""
-    if name.split()[-1] in WITHOUT_ARTICLE:
-        return name
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    article = "" if name.split()[-1] in WITHOUT_ARTICLE else "an " if name[0] in "aeiou" else "a "
+    return article + name

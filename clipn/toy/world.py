@@ -1,7 +1,5 @@
 """Makes the data that a config's `world` section names: the built-in world or unpacked photos."""
 
-from __future__ import annotations
-
 from clipn.config.schema import WorldConfig
 from clipn.runtime.distributed import barrier, is_main
 from clipn.toy.generate import make_toy
