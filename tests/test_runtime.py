@@ -31,18 +31,27 @@ def test_another_device_is_refused_with_the_choices(name):
         choose_device(name)
 
 
-def test_an_operation_that_mps_lacks_is_one_line_with_the_way_out(caplog):
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (
+            NotImplementedError,
+            "The operator 'aten::x' is not currently implemented for the MPS device. If ...\nsee",
+        ),
+        (TypeError, "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."),
+    ],
+)
+def test_an_operation_that_mps_lacks_is_one_line_with_the_way_out(caplog, kind, message):
     def fails(message):
-        raise NotImplementedError(message)
+        raise kind(message)
 
-    torchs = "The operator 'aten::x' is not currently implemented for the MPS device. If you want this op ...\nsee ..."
     with pytest.raises(SystemExit) as stopped:
-        fail_in_one_line(lambda: fails(torchs))
+        fail_in_one_line(lambda: fails(message))
     (record,) = caplog.records
     assert stopped.value.code == FAILED and record.levelno == logging.ERROR
-    assert record.getMessage().startswith("error: The operator 'aten::x' is not currently implemented for the MPS")
+    assert record.getMessage().startswith(f"error: {message[:40]}") and "\n" not in record.getMessage()
     assert all(words in record.getMessage() for words in ("PYTORCH_ENABLE_MPS_FALLBACK=1", "run.device=cpu"))
-    with pytest.raises(NotImplementedError, match="of our own"):
+    with pytest.raises(kind, match="of our own"):
         fail_in_one_line(lambda: fails("an error of our own"))
 
 

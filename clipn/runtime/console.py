@@ -59,7 +59,7 @@ def fail_in_one_line(main: Callable[[], None], stopped_code: int = RESUME) -> No
         # An error in a worker process includes that process's traceback; its last line is the error.
         log.error("error: %s", (str(error).strip().splitlines() or [type(error).__name__])[-1])
         sys.exit(FAILED)
-    except NotImplementedError as error:
+    except (NotImplementedError, TypeError) as error:  # TypeError: for float64, which MPS lacks
         if "MPS" not in str(error):
             raise
         message = str(error).split(". ")[0]
