@@ -2,6 +2,7 @@
 
 import pickle
 
+import open_clip
 import pytest
 import torch
 from conftest import architecture, write_clipn
@@ -14,12 +15,6 @@ from clipn.model.clipn import load_model
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return clipn.create_model_and_transforms(architecture(), num_prompts=2)[0]
-
-
-@pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The content of a CLIPN checkpoint."""
     return torch.load(write_clipn(tmp_path_factory.mktemp("clipn") / "clipn.pt"), weights_only=True)
@@ -29,6 +24,12 @@ def load(path):
     return clipn.create_model_and_transforms(architecture(), path)[0]
 
 
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
 def test_our_file_has_exactly_the_published_keys_and_shapes(golden, tmp_path):
     published = torch.load(golden["checkpoint"], weights_only=True)
     model, _, _ = clipn.create_model_and_transforms(golden["config"], golden["checkpoint"])
@@ -36,31 +37,23 @@ def test_our_file_has_exactly_the_published_keys_and_shapes(golden, tmp_path):
     write_checkpoint(content, tmp_path / "epoch_1.pt")
     ours = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
     assert ours.keys() == published.keys()
-    expected = {key.removeprefix("module."): value for key, value in published["state_dict"].items()}
-    assert ours["state_dict"].keys() == expected.keys()
-    for key, value in expected.items():
-        assert torch.equal(ours["state_dict"][key], value.float()), key
+    expected = {key.removeprefix("module."): value.float() for key, value in published["state_dict"].items()}
+    assert_equal(ours["state_dict"], expected)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_prefixes_and_wrapping(model, tmp_path, prefix, wrapped):
-    state = {prefix + key: value for key, value in model.published_state().items()}
-    torch.save({"epoch": 3, "state_dict": state} if wrapped else state, tmp_path / "a.pt")
-    assert torch.equal(load(tmp_path / "a.pt").no_text.prompts, model.no_text.prompts)
-
-
-def test_safetensors(model, tmp_path):
-    state = {key: value.contiguous().clone() for key, value in model.published_state().items()}
-    save_file(state, tmp_path / "a.safetensors")
-    loaded = load(tmp_path / "a.safetensors").state_dict()
-    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+@pytest.mark.parametrize("layout", ["wrapped", "bare", "safetensors"])
+def test_layouts_of_a_file(written, tmp_path, prefix, layout):
+    state = {prefix + key: value.clone() for key, value in written["state_dict"].items()}
+    if layout == "safetensors":
+        save_file(state, tmp_path / "a.safetensors")
+    else:
+        torch.save({"epoch": 3, "state_dict": state} if layout == "wrapped" else state, tmp_path / "a.pt")
+    assert_equal(load(next(tmp_path.iterdir())).published_state(), written["state_dict"])
 
 
 def test_open_clips_flat_file_loads(tmp_path):
     """A file that open_clip itself saves of a model without a separate text module."""
-    import open_clip
-
     plain = open_clip.CLIP(**architecture())
     torch.save({"epoch": 1, "state_dict": plain.state_dict()}, tmp_path / "clip.pt")
     base, _ = build_base(architecture(), tmp_path / "clip.pt")
@@ -79,11 +72,10 @@ def test_open_clips_flat_file_loads(tmp_path):
         ("ln_final_no.bias", torch.full((32,), torch.nan), r"NaN or infinite weights in: ln_final_no\.bias$"),
     ],
 )
-def test_a_key_that_does_not_fit_is_named(model, tmp_path, key, value, message):
-    state = model.published_state() | {key: value}
-    torch.save({"state_dict": {name: value for name, value in state.items() if value is not None}}, tmp_path / "a.pt")
+def test_a_key_that_does_not_fit_is_named(written, key, value, message):
+    state = {name: value for name, value in (written["state_dict"] | {key: value}).items() if value is not None}
     with pytest.raises(ValueError, match=message):
-        load(tmp_path / "a.pt")
+        load_model({"state_dict": state}, "a.pt", architecture())
 
 
 class Crafted:
@@ -99,7 +91,7 @@ class Crafted:
 def test_a_crafted_checkpoint_is_refused_and_not_executed(tmp_path):
     target = tmp_path / "executed"
     torch.save({"state_dict": {"a": Crafted(target)}}, tmp_path / "evil.pt")
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Crafted(target)))
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Crafted(target), protocol=2))
     target.unlink(missing_ok=True)
     for name in ("evil.pt", "evil.pkl"):
         with pytest.raises(ValueError, match="refused"):
@@ -112,26 +104,22 @@ def test_a_missing_file_is_an_error():
         read_checkpoint("missing.pt")
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 broken zip", b"\x80\x02."])
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 broken zip", b"\x80\x02.", 10, 100_000, -10])
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-def test_a_file_of_another_kind_is_refused(tmp_path, content, name):
+def test_a_damaged_file_is_refused(written, tmp_path, content, name):
+    if isinstance(content, int):  # a whole file cut at this size
+        save = save_file if name == "a.safetensors" else torch.save
+        save(written["state_dict"], tmp_path / "whole")
+        content = (tmp_path / "whole").read_bytes()[:content]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
         read_checkpoint(tmp_path / name)
 
 
-@pytest.mark.parametrize("size", [10, 100_000, -10])
-def test_a_truncated_file_is_refused(written, tmp_path, size):
-    torch.save(written, tmp_path / "a.pt")
-    (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"a\.pt"):
-        read_checkpoint(tmp_path / "a.pt")
-
-
 @pytest.mark.parametrize("content", [{"state_dict": {}}, {"state_dict": [1]}, [1, 2], {"state_dict": {"a": 3}}])
 def test_contents_without_weights_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt"):
+    with pytest.raises(ValueError, match=r"a\.pt: (holds no weights|a is int, expected a tensor)"):
         read_checkpoint(tmp_path / "a.pt")
 
 
@@ -151,22 +139,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "preprocess",
+    ("key", "value"),
     [
-        {"foo": 1},
-        {"interpolation": "magic"},
-        {"resize_mode": "magic"},
-        {"size": 64},
-        {"mean": [0.5]},
-        {"std": [0.2, 0.2, 0.0]},
-        {"mean": "grey"},
+        *(("foo", 1), ("interpolation", "magic"), ("resize_mode", "magic"), ("size", 64)),
+        *(("mean", [0.5]), ("mean", "grey"), ("std", [0.2, 0.2, 0.0])),
     ],
-    ids=str,
 )
-def test_an_impossible_preprocessing_is_one_line(written, preprocess):
+def test_an_impossible_preprocessing_is_one_line(written, key, value):
     with pytest.raises(ValueError, match="3 means, 3 deviations above 0, and the tower's size") as error:
-        load_model(written | {"preprocess": preprocess}, "a.pt", written["architecture"])
-    assert "a.pt" in str(error.value) and next(iter(preprocess)) in str(error.value) and "\n" not in str(error.value)
+        load_model(written | {"preprocess": {key: value}}, "a.pt", written["architecture"])
+    assert "a.pt" in str(error.value) and key in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("metadata", [{"config": {"model": [1]}}, {"config": [1]}, {"preprocess": "x"}])

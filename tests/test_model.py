@@ -5,14 +5,15 @@ import json
 import subprocess
 import sys
 
+import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import architecture
 
 import clipn
 from clipn.model.base import build_base, context_length
-from clipn.model.checkpoint import read_checkpoint, write_checkpoint
-from clipn.model.clipn import CLIPN
+from clipn.model.checkpoint import write_checkpoint
 
 TEXTS = ["a photo of a red apple", "dog", "a long caption of a city at night with many many lights and cars in it all"]
 
@@ -37,10 +38,14 @@ FAMILIES = {
 }
 
 
+def create(*arguments, **options):
+    return clipn.create_model_and_transforms(*arguments, **options)[0]
+
+
 @pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
 def untouched(request):
     torch.manual_seed(0)
-    return clipn.create_model_and_transforms(request.param, num_prompts=3)[0]
+    return create(request.param, num_prompts=3)
 
 
 @pytest.fixture
@@ -52,29 +57,22 @@ def tokens_of(model):
     return clipn.get_tokenizer(model.architecture)(TEXTS)
 
 
-def test_features_are_unit_length_float32(family):
+def test_features_are_unit_length_float32_and_open_clips(family):
     tokens = tokens_of(family)
     assert tokens.shape == (3, context_length(family.architecture))
-    for features in (
-        family.encode_image(torch.randn(3, 3, 32, 32)),
-        family.encode_text(tokens),
-        family.encode_no_text(tokens),
-        family.encode_no_text(tokens, torch.tensor([0, 2, 3])),
-    ):
+    image, yes, no = family.encode_image(torch.randn(3, 3, 32, 32)), family.encode_text(tokens), family.no_text(tokens)
+    for features in (image, yes, no, family.encode_no_text(tokens, torch.tensor([0, 2, 3]))):
         assert features.dtype == torch.float32 and features.shape == (3, 32)
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
-
-
-def test_text_features_are_open_clips(family):
-    tokens = tokens_of(family)
     expected = family.base.encode_text(tokens, normalize=True)
-    torch.testing.assert_close(family.encode_text(tokens), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(family.encode_no_text(tokens), expected, rtol=1e-4, atol=1e-5)  # a copy, prompts zero
+    torch.testing.assert_close(yes, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(no, expected, rtol=1e-4, atol=1e-5)  # a copy, prompts zero
 
 
 def test_only_the_no_tower_learns_and_all_of_it(family):
     before = copy.deepcopy(family.state_dict())
     family.train()
+    assert family.no_text.training and not family.base.training
     tokens = tokens_of(family)
     image = family.encode_image(torch.randn(3, 3, 32, 32))
     yes, no = family.encode_text(tokens), family.encode_no_text(tokens, torch.tensor([0, 1, 3]))
@@ -94,48 +92,38 @@ def test_checkpoint_round_trip(family, tmp_path):
         for parameter in family.no_text.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     write_checkpoint({"epoch": 1, "name": "x", "state_dict": family.published_state()}, tmp_path / "epoch_1.pt")
-    loaded, _, _ = clipn.create_model_and_transforms(family.architecture, tmp_path / "epoch_1.pt")
+    loaded = create(family.architecture, tmp_path / "epoch_1.pt")
     assert loaded.num_prompts == 3
     for name, value in family.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
 def test_each_caption_gets_its_chosen_prompt():
-    model, _, _ = clipn.create_model_and_transforms(architecture(), num_prompts=2)
+    model = create(architecture(), num_prompts=2)
     torch.nn.init.normal_(model.no_text.prompts)
     tokens = tokens_of(model)[[0, 0, 0]]
     chosen = model.encode_no_text(tokens, torch.tensor([0, 1, 2]))
     tower, position = model.no_text.tower, model.no_text.tower.positional_embedding
     for row, prompt in zip(chosen, [*model.no_text.prompts, model.no_text.prompts.mean(0)], strict=True):
         shifted = {"positional_embedding": position + prompt}
-        expected = torch.nn.functional.normalize(torch.func.functional_call(tower, shifted, (tokens[:1],)), dim=-1)[0]
+        expected = F.normalize(torch.func.functional_call(tower, shifted, (tokens[:1],)), dim=-1)[0]
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.encode_no_text(tokens[:1])[0], chosen[2])
 
 
 def test_no_prompts_is_the_hand_crafted_variant():
-    model, _, _ = clipn.create_model_and_transforms(architecture(), num_prompts=0)
+    model, tokenizer = create(architecture(), num_prompts=0), clipn.get_tokenizer(architecture())
     assert model.num_prompts == 0 and "prompt_no" not in model.published_state()
-    tokenizer = clipn.get_tokenizer(architecture())
     head = clipn.build_head(model, tokenizer, ["cat", "dog"], ["a photo of a {}.", "art of the {}"])
     texts = ["a photo of no cat.", "art of no cat", "a photo of no dog.", "art of no dog"]
     expected = model.encode_no_text(tokenizer(texts)).unflatten(0, (2, 2)).sum(1)
-    torch.testing.assert_close(head.weight_no, torch.nn.functional.normalize(expected, dim=-1))
-
-
-def test_the_base_keeps_its_batch_statistics():
-    model, _, _ = clipn.create_model_and_transforms(FAMILIES["modified resnet"])
-    before = copy.deepcopy(model.base.state_dict())
-    model.train()
-    model.encode_image(torch.randn(4, 3, 32, 32))
-    assert model.no_text.training and not model.base.training
-    assert all(torch.equal(value, before[name]) for name, value in model.base.state_dict().items())
+    torch.testing.assert_close(head.weight_no, F.normalize(expected, dim=-1))
 
 
 def test_a_plain_clip_gives_both_towers(tmp_path):
     base, _ = build_base(architecture())
     write_checkpoint({"state_dict": {f"module.{k}": v for k, v in base.state_dict().items()}}, tmp_path / "clip.pt")
-    model, _, _ = clipn.create_model_and_transforms(architecture(), tmp_path / "clip.pt", num_prompts=4)
+    model = create(architecture(), tmp_path / "clip.pt", num_prompts=4)
     assert model.num_prompts == 4 and not model.no_text.prompts.any()
     for name, value in base.text.state_dict().items():
         assert torch.equal(model.no_text.tower.state_dict()[name], value)
@@ -143,24 +131,19 @@ def test_a_plain_clip_gives_both_towers(tmp_path):
 
 
 def test_statistics_come_from_the_checkpoint_or_the_caller(tmp_path, small_config):
-    model, _, _ = clipn.create_model_and_transforms(small_config)
+    model, path = create(small_config), tmp_path / "epoch_1.pt"
     preprocess = {**model.preprocess, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.5, 1.0)}
-    path = tmp_path / "epoch_1.pt"
     write_checkpoint({"state_dict": model.published_state(), "preprocess": preprocess}, path)
-    loaded, train_transform, val_transform = clipn.create_model_and_transforms(small_config, path)
+    loaded, *transforms = clipn.create_model_and_transforms(small_config, path)
     assert loaded.preprocess["std"] == (0.25, 0.5, 1.0)
-    for transform in (train_transform, val_transform):
-        assert tuple(transform.transforms[-1].std) == (0.25, 0.5, 1.0)
-    override, _, _ = clipn.create_model_and_transforms(small_config, path, image_mean=[0, 0, 0])
+    assert [tuple(transform.transforms[-1].std) for transform in transforms] == [(0.25, 0.5, 1.0)] * 2
+    override = create(small_config, path, image_mean=[0, 0, 0])
     assert override.preprocess["mean"] == (0, 0, 0) and override.preprocess["std"] == (0.25, 0.5, 1.0)
 
 
 def test_a_json_config_does_not_change_open_clips_names(tmp_path):
-    import open_clip
-
-    path = tmp_path / "ViT-B-16.json"
-    path.write_text(json.dumps(architecture()))
-    clipn.create_model_and_transforms(str(path))
+    (tmp_path / "ViT-B-16.json").write_text(json.dumps(architecture()))
+    create(str(tmp_path / "ViT-B-16.json"))
     assert open_clip.get_model_config("ViT-B-16")["embed_dim"] == 512
 
 
@@ -175,18 +158,17 @@ def test_a_json_config_does_not_change_open_clips_names(tmp_path):
 )
 def test_an_unknown_name_is_an_error_with_the_choices(name, pretrained, error, message):
     with pytest.raises(error, match=message):
-        clipn.create_model_and_transforms(name, pretrained)
+        create(name, pretrained)
     if not pretrained:
         with pytest.raises(error, match=message):
             clipn.get_tokenizer(name)
 
 
-def test_a_file_that_is_not_a_model_config_is_an_error(tmp_path):
-    path = tmp_path / "other.json"
-    for text, message in (('{"embed_dim": 3}', "vision_cfg, text_cfg is missing"), ("{", "not valid JSON")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=rf"other\.json: .*{message}"):
-            clipn.get_tokenizer(str(path))
+@pytest.mark.parametrize("text, message", [('{"embed_dim": 3}', "vision_cfg, text_cfg is"), ("{", "not valid JSON")])
+def test_a_file_that_is_not_a_model_config_is_an_error(tmp_path, text, message):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"other\.json: .*{message}"):
+        clipn.get_tokenizer(str(tmp_path / "other.json"))
 
 
 def test_the_weights_decide_the_activation(tmp_path, small_config):
@@ -194,10 +176,10 @@ def test_the_weights_decide_the_activation(tmp_path, small_config):
     write_checkpoint({"state_dict": base.state_dict(), "architecture": made}, tmp_path / "clip.pt")
     images = torch.randn(1, 3, 32, 32)
     loaded, loaded_architecture = build_base(small_config, tmp_path / "clip.pt")
-    torch.testing.assert_close(loaded.eval().encode_image(images), base.eval().encode_image(images))
     assert loaded_architecture["quick_gelu"]
-    model, _, _ = clipn.create_model_and_transforms(small_config, tmp_path / "clip.pt")
-    torch.testing.assert_close(model.encode_image(images), base.encode_image(images, normalize=True))
+    expected = base.eval().encode_image(images, normalize=True)
+    torch.testing.assert_close(loaded.eval().encode_image(images, normalize=True), expected)
+    torch.testing.assert_close(create(small_config, tmp_path / "clip.pt").encode_image(images), expected)
 
 
 def test_the_detector_loads_no_code_of_training_or_evaluation():
@@ -205,9 +187,7 @@ def test_the_detector_loads_no_code_of_training_or_evaluation():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     heavy = {"pandas", "omegaconf", "sklearn", "matplotlib", "tensorboard", "gradio", "jinja2"}
     assert "clipn.deploy.detector" in loaded and not heavy & set(loaded)
-    assert not [
-        name for name in loaded if name.startswith(("clipn.training", "clipn.report", "clipn.deploy.model_card"))
-    ]
+    assert not [name for name in loaded if name.startswith(("clipn.train", "clipn.report", "clipn.deploy.model_card"))]
 
 
 def test_hugging_face_text_towers(tmp_path):
@@ -216,14 +196,12 @@ def test_hugging_face_text_towers(tmp_path):
     config = transformers.BertConfig(**sizes, intermediate_size=32, max_position_embeddings=40)
     config.save_pretrained(tmp_path)
     text = {"hf_model_name": str(tmp_path), "hf_model_pretrained": False, "hf_proj_type": "linear"}
-    made = {"embed_dim": 32, "vision_cfg": architecture()["vision_cfg"], "text_cfg": {**text, "context_length": 12}}
-    model, _, _ = clipn.create_model_and_transforms(made, num_prompts=2)
+    made = architecture() | {"text_cfg": {**text, "context_length": 12}}
+    model, tokens = create(made, num_prompts=2), torch.randint(1, 100, (3, 12))
     assert model.no_text.prompts.shape == (2, 12, 32)
-    tokens = torch.randint(1, 100, (3, 12))
     torch.testing.assert_close(model.encode_no_text(tokens), model.encode_text(tokens))
     torch.nn.init.normal_(model.no_text.prompts)
     assert not torch.allclose(model.encode_no_text(tokens), model.encode_text(tokens))
     write_checkpoint({"state_dict": model.published_state()}, tmp_path / "epoch_1.pt")
-    loaded, _, _ = clipn.create_model_and_transforms(made, tmp_path / "epoch_1.pt")
+    loaded = create(made, tmp_path / "epoch_1.pt")
     torch.testing.assert_close(loaded.encode_no_text(tokens), model.encode_no_text(tokens))
-    assert isinstance(loaded, CLIPN) and read_checkpoint(tmp_path / "epoch_1.pt")["state_dict"]
