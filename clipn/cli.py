@@ -116,7 +116,7 @@ examples:
     keep_help = "of these, to stay at or above the threshold (default: 0.95)"
     parser.add_argument("--keep", type=float, metavar="SHARE", help=keep_help)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
-    csv_help = "add one row per image; rows of images seen again are replaced"
+    csv_help = "write one row per image; of older rows, only those of moved images stay"
     parser.add_argument("--csv", dest="csv_file", metavar="FILE", help=csv_help)
     ood_help = "move the images of none of the classes to this folder"
     parser.add_argument("--move-ood", dest="ood_folder", metavar="DIR", help=ood_help)

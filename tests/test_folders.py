@@ -142,22 +142,24 @@ def test_ood_images_are_moved_and_their_rows_stay(run, checkpoint, photos, tmp_p
     assert len(rows(csv_file)) == 5 and second.keys() == first.keys() and second[moved] == first[moved]
 
 
-def test_rows_of_other_files_stay_and_rows_of_the_same_files_are_replaced(run, photos, csv_file):
-    assert run(photos, "--csv", csv_file) == 0
-    older = rows(csv_file)
-    with open(csv_file, "ab") as file:  # a killed run leaves two rows of a file; editors leave out the last line's end
-        file.write(f"{photos / 'a.png'},latest\r\n{photos / 'sub/c.webp'},old".encode())
+def test_another_run_replaces_all_rows_but_those_of_moved_images(run, photos, csv_file):
+    moved = Row("gone/moved.png", "cat", "True", "0.1", "0.2", "0.8", "")
+    stale = [moved._replace(is_ood="False"), moved._replace(error="not moved: it is a link")]
+    stale += [moved._replace(file=str(photos / name)) for name in ("a.png", "sub/c.webp")]
+    csv_file.parent.mkdir()
+    with open(csv_file, "w", newline="") as file:
+        csv.writer(file).writerows([Row._fields, *stale[:2], moved, *stale[2:], ["a line that was cut", "cat"]])
+    csv_file.write_bytes(csv_file.read_bytes().rstrip())  # editors leave out the last line's end
     link = csv_file.with_name("link.csv")
     link.symlink_to(csv_file)
-    assert run(photos / "sub", "--csv", link, classes="horse,cow") == 0 and link.is_symlink()
-    assert rows(csv_file)[:3] == [older[1], older[2], Row(str(photos / "a.png"), *["latest", *[None] * 5])]
-    assert names_of(csv_file)[3:] == [row.file for row in older[3:]]
-    assert {row.label for row in rows(csv_file)[3:]} <= {"horse", "cow"}
+    assert run(photos / "sub", "--csv", link) == 0 and link.is_symlink()
+    assert rows(csv_file)[0] == moved
+    assert names_of(csv_file)[1:] == [str(photos / name) for name in ("sub/c.webp", "sub/deeper/d.bmp")]
 
 
 def test_stopped_it_leaves_the_rows_so_far(run, photos, csv_file, monkeypatch, capsys):
     assert run(photos, "--csv", csv_file) == 0
-    older, sizes, encode = rows(csv_file), [], clipn.CLIPN.encode_image
+    sizes, encode = [], clipn.CLIPN.encode_image
 
     def stop_at_third(self, images):
         sizes.append(len(images))
@@ -168,8 +170,7 @@ def test_stopped_it_leaves_the_rows_so_far(run, photos, csv_file, monkeypatch, c
     monkeypatch.setattr(clipn.CLIPN, "encode_image", stop_at_third)
     assert run(photos, "--csv", csv_file, "--batch-size", 2, classes="horse,cow") == 130
     assert "stopped: 4 images" in capsys.readouterr().err
-    assert rows(csv_file)[0] == older[4] and {row.label for row in rows(csv_file)[1:]} <= {"horse", "cow"}
-    assert len(rows(csv_file)) == 5
+    assert len(rows(csv_file)) == 4 and {row.label for row in rows(csv_file)} <= {"horse", "cow"}
 
     def stop(*arguments):
         raise KeyboardInterrupt

@@ -1,7 +1,5 @@
 """Classify folders of images with a Detector: one line or CSV row per image, in constant memory."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os
@@ -55,13 +53,13 @@ def predict_folders(
 ) -> None:
     """Classify every image of these folders and files; print one line per image, or write one row to `csv_file`.
 
-    csv_file: rows are appended as they come. Older rows of the same files are then removed; rows of other files, such
-        as images that an earlier run moved, stay. Memory grows with the older rows only.
+    csv_file: its rows are replaced, except for those of images that an earlier run moved. Each row is written at once.
     ood_folder: OOD images are moved there, under their path within the source folder. Nothing is overwritten.
 
     Raises FileNotFoundError or ValueError for a source that does not exist, if no image can be read, and for targets
-    that hold something else. KeyboardInterrupt is passed on after the CSV file is complete.
+    that hold something else. KeyboardInterrupt is passed on.
     """
+    csv_file, ood_folder = csv_file and Path(csv_file), ood_folder and Path(ood_folder)
     sources = _outermost(sources)
     _check_targets(sources, csv_file, ood_folder)
     if calibration:
@@ -74,13 +72,15 @@ def predict_folders(
     if not total:
         raise ValueError(f"{', '.join(map(str, sources))}: no image there ({', '.join(IMAGE_SUFFIXES)})")
     counts = dict.fromkeys(("of the classes", "of none of them", "unreadable", "not moved"), 0)
+    images, read_ahead = tee(_images(sources, ood_folder))  # tee keeps the few images that the detector reads ahead
+    results = detector.predict((path for _, path in read_ahead), batch_size, on_error="return")
     with _row_writer(csv_file) as write, tqdm(total=total, unit="image", disable=None, leave=False) as bar:
         try:
-            for root, path, result in _predictions(detector, _images(sources, ood_folder), batch_size):
+            for (root, path), result in zip(images, results, strict=True):
                 row = _row(path, result)
                 counts["unreadable" if row.error else "of none of them" if row.is_ood else "of the classes"] += 1
                 if row.is_ood and ood_folder:
-                    row = row._replace(error=_move(path, root, Path(ood_folder)))
+                    row = row._replace(error=_move(path, root, ood_folder))
                     counts["not moved"] += bool(row.error)
                 write(row)
                 bar.update()
@@ -104,36 +104,27 @@ def _outermost(sources: Sequence[str | Path]) -> list[Path]:
     return [source for path, source in resolved.items() if not resolved.keys() & set(path.parents)]
 
 
-def _check_targets(sources: Sequence[Path], csv_file: str | Path | None, ood_folder: str | Path | None) -> None:
+def _check_targets(sources: Sequence[Path], csv_file: Path | None, ood_folder: Path | None) -> None:
     if ood_folder:
-        folder = Path(ood_folder)
-        if folder.exists() and not folder.is_dir() or folder.resolve() in [source.resolve() for source in sources]:
+        is_source = ood_folder.resolve() in [source.resolve() for source in sources]
+        if is_source or ood_folder.exists() and not ood_folder.is_dir():
             raise ValueError(f"move-ood {ood_folder}: expected a folder of its own for the OOD images")
-        folder.mkdir(parents=True, exist_ok=True)
-    if csv_file and (Path(csv_file).is_dir() or str(csv_file) == "-"):
+        ood_folder.mkdir(parents=True, exist_ok=True)
+    if csv_file and (csv_file.is_dir() or str(csv_file) == "-"):
         raise ValueError(f"csv {csv_file}: expected a file; without one each image is a line")
-    if csv_file and Path(csv_file).is_file() and Path(csv_file).stat().st_size:
+    if csv_file and _is_filled(csv_file):
         with open(csv_file, "rb") as file:
             if file.readline().rstrip() != ",".join(Row._fields).encode():
                 raise ValueError(f"csv {csv_file}: holds something else; choose another file")
 
 
-def _images(sources: Sequence[Path], leave_out: str | Path | None = None) -> Iterator[tuple[Path, Path]]:
-    """Each image with the folder that its path is relative to."""
+def _images(sources: Sequence[Path], leave_out: Path | None = None) -> Iterator[tuple[Path, Path]]:
+    """Each image after the folder that its path is relative to."""
     for source in sources:
         if source.is_dir():
-            yield from ((source, path) for path in find_images(source, Path(leave_out) if leave_out else None))
+            yield from ((source, path) for path in find_images(source, leave_out))
         else:
             yield source.parent, source
-
-
-def _predictions(
-    detector: Detector, images: Iterator[tuple[Path, Path]], batch_size: int
-) -> Iterator[tuple[Path, Path, Result | Exception]]:
-    images, read_ahead = tee(images)  # tee keeps the few images that the detector reads ahead
-    results = detector.predict((path for _, path in read_ahead), batch_size, on_error="return")
-    for (root, path), result in zip(images, results, strict=True):
-        yield root, path, result
 
 
 def _row(path: Path, result: Result | Exception) -> Row:
@@ -143,48 +134,31 @@ def _row(path: Path, result: Result | Exception) -> Row:
 
 
 @contextmanager
-def _row_writer(csv_file: str | Path | None) -> Iterator[Callable[[Row], None]]:
+def _row_writer(path: Path | None) -> Iterator[Callable[[Row], None]]:
     """A function that writes a row to the CSV file or, without one, to the terminal."""
-    if csv_file is None:
+    if path is None:
         yield lambda row: tqdm.write(_sentence(row))
         return
-    path = Path(csv_file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    total, older = _older_rows(path)
-    try:
-        with open(path, "a", buffering=1, **_TEXT) as file:  # line buffering: each row is in the file at once
-            writer = csv.writer(file)
-            if not total:
-                writer.writerow(Row._fields)
-
-            def write(row: Row) -> None:
-                writer.writerow(row)
-                older.pop(row.file, None)
-
-            yield write
-    finally:
-        if len(older) + 1 < total:
-            _remove_rows(path.resolve(), set(range(1, total)) - set(older.values()))
+    if _is_filled(path):
+        with open(path, **_TEXT) as old, atomic_write(path.resolve()) as file:
+            new, lines = io.TextIOWrapper(file, **_TEXT), enumerate(csv.reader(old))
+            csv.writer(new).writerows(line for number, line in lines if number == 0 or _was_moved(line))
+            new.detach()  # flushes it
+    with open(path, "a", buffering=1, **_TEXT) as file:  # line buffering: each row is in the file at once
+        writer = csv.writer(file)
+        if not _is_filled(path):
+            writer.writerow(Row._fields)
+        yield writer.writerow
 
 
-def _older_rows(path: Path) -> tuple[int, dict[str, int]]:
-    """The number of lines in a CSV file, and for each image file the number of its last row."""
-    if not path.is_file() or not path.stat().st_size:
-        return 0, {}
-    with open(path, **_TEXT) as file:
-        names = [row[0] if row else "" for row in csv.reader(file)]
-    with open(path, "rb+") as file:
-        file.seek(-1, io.SEEK_END)
-        if file.read() != b"\n":  # an editor may leave out the last line's end
-            file.write(b"\r\n")
-    return len(names), {name: number for number, name in enumerate(names) if number}
+def _is_filled(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
-def _remove_rows(path: Path, numbers: set[int]) -> None:
-    with open(path, **_TEXT) as old, atomic_write(path) as file:
-        new = io.TextIOWrapper(file, **_TEXT)
-        csv.writer(new).writerows(row for number, row in enumerate(csv.reader(old)) if number not in numbers)
-        new.detach()  # flushes it
+def _was_moved(row: list[str]) -> bool:
+    """Whether an older row is of an image that was moved, which no later run will classify."""
+    return row[2:3] == ["True"] and row[6:] == [""] and not os.path.exists(row[0])
 
 
 def _sentence(row: Row) -> str:
@@ -211,7 +185,7 @@ def _move(path: Path, root: Path, folder: Path) -> str:
     return ""
 
 
-def _summary(counts: dict[str, int], csv_file: str | Path | None) -> str:
+def _summary(counts: dict[str, int], csv_file: Path | None) -> str:
     total = sum(counts.values()) - counts["not moved"]
     parts = [f"{number} {name}" for name, number in counts.items() if number or name != "not moved"]
     where = f"; rows in {csv_file}" if csv_file else ""
