@@ -283,7 +283,7 @@ def no_scan(monkeypatch):
             def map(self, function, items):
                 return map(function, items)
 
-        monkeypatch.setattr(clipn.data.shards, "ProcessPoolExecutor", _Inline)
+        monkeypatch.setattr(clipn.data.shards, "scan_pool", _Inline)
 
     return refuse
 
@@ -324,7 +324,7 @@ def test_a_folder_that_cannot_be_written_costs_only_a_warning(tmp_path, caplog):
     path = write_shard(tmp_path / "x.tar", numbered_samples(2))
     (tmp_path / "file").write_text("in the way")
     assert len(index_shards([path], "txt", str(tmp_path / "file"))) == 2
-    assert "could not be remembered" in messages(caplog)
+    assert "could not be saved" in messages(caplog)
 
 
 def test_a_broken_memory_is_read_anew(tmp_path, settings):

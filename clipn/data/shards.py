@@ -8,7 +8,6 @@ import logging
 import os
 import tarfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from clipn.data.storage import Location, is_url, open_stream, read_range, version_of, with_retries
 from clipn.runtime.distributed import barrier, is_main
 from clipn.runtime.files import atomic_write
-from clipn.runtime.signals import StalledRead
+from clipn.runtime.signals import StalledRead, scan_pool
 
 CAUSES = (
     "unreadable file",
@@ -166,7 +165,7 @@ def _cached_scans(paths: Sequence[Location], folder: Path) -> list[Scan]:
     if missing:
         workers = min(len(missing), os.cpu_count() or 1)
         progress = tqdm(total=len(missing), desc="indexing shards", unit="shard", disable=None if is_main() else True)
-        with progress, ProcessPoolExecutor(workers) as pool:
+        with progress, scan_pool(workers) as pool:
             for number, scan in zip(missing, pool.map(scan_shard, [paths[n] for n in missing]), strict=True):
                 scans[number] = scan
                 _save(files[number], scan)
@@ -210,7 +209,7 @@ def _scan(path: Location) -> Scan:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     truncated = duplicates = 0
     try:
-        with open_stream(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        with open_stream(path, size) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 plain = member.isfile() and not member.issparse()
                 end = member.offset_data + member.size if plain else tar.offset

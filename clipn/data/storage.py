@@ -69,16 +69,16 @@ def read_range(path: Location, start: int, size: int) -> bytes:
     return content
 
 
-def open_stream(path: Location) -> BinaryIO:
-    """The whole file as a stream; a URL is read in blocks, each as by `read_range`."""
-    return io.BufferedReader(_Blocks(path), BLOCK) if is_url(path) else open(path, "rb")
+def open_stream(path: Location, size: int) -> BinaryIO:
+    """A file of `size` bytes as a stream; a URL is read in blocks, each as by `read_range`."""
+    return io.BufferedReader(_Blocks(path, size), BLOCK) if is_url(path) else open(path, "rb")
 
 
 class _Blocks(io.RawIOBase):
     """The raw stream behind a URL, for io.BufferedReader."""
 
-    def __init__(self, path: str) -> None:
-        self.path, self.size, self.place = path, version_of(path)[0], 0
+    def __init__(self, path: str, size: int) -> None:
+        self.path, self.size, self.place = path, size, 0
 
     def readable(self) -> bool:
         return True
