@@ -70,28 +70,17 @@ def test_train_writes_a_checkpoint_and_errors_are_one_line(config_file, clipn):
 
 
 def test_scripts_and_module_run_the_same_command(config_file, capsys, monkeypatch):
-    config = str(config_file)
-    script, module = lambda name: runpy.run_path(str(ROOT / name), run_name="__main__"), runpy.run_module
+    monkeypatch.chdir(ROOT)
+    message = "error: command line, train.lr=fast: train.lr: Value 'fast' of type 'str' could not be converted to Float"
     for run, name, words in (
-        (script, "scripts/train.py", [config]),
-        (script, "zero_shot_infer.py", ["--config", config]),
-        (lambda name: module(name, run_name="__main__"), "clipn", ["train", config]),
+        (runpy.run_path, "scripts/train.py", []),
+        (runpy.run_path, "zero_shot_infer.py", ["--config"]),
+        (runpy.run_module, "clipn", ["train"]),
     ):
-        monkeypatch.setattr(sys, "argv", [name, *words, "train.lr=fast"])
+        monkeypatch.setattr(sys, "argv", [name, *words, str(config_file), "train.lr=fast"])
         with pytest.raises(SystemExit) as stopped:
-            run(name)
-        assert stopped.value.code == 1
-        message = (
-            "error: command line, train.lr=fast: train.lr: Value 'fast' of type 'str' could not be converted to Float"
-        )
-        assert capsys.readouterr().err.splitlines() == [message]
-
-
-@pytest.mark.parametrize("number", ["0", "two", "-1"])
-def test_an_impossible_number_of_processes_is_one_line(config_file, clipn, monkeypatch, number):
-    monkeypatch.setenv("NPROC", number)
-    code, shown = clipn("train", str(config_file))
-    assert code == 1 and shown.err == f"error: NPROC='{number}': expected a number of processes, 1 or more\n"
+            run(name, run_name="__main__")
+        assert stopped.value.code == 1 and capsys.readouterr().err.splitlines() == [message]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +93,12 @@ def test_an_impossible_number_of_processes_is_one_line(config_file, clipn, monke
         ["ablate", "toy", "loss", "run.seeds=[0,1]"],
     ],
 )
-def test_every_gpu_command_starts_torchrun_once(clipn, launched, words):
+def test_every_gpu_command_starts_torchrun_once(clipn, launched, monkeypatch, words):
+    for number in ("0", "two", "-1"):
+        with monkeypatch.context() as patch:
+            patch.setenv("NPROC", number)
+            code, shown = clipn(*words)
+        assert code == 1 and shown.err == f"error: NPROC='{number}': expected a number of processes, 1 or more\n"
     assert clipn(*words)[0] == 0
     assert launched == [["--nproc_per_node=3", "--standalone", "-m", "clipn", *words]]
     assert os.environ["PYTHONPATH"] == f"{ROOT}{os.pathsep}elsewhere", "a checkout that is not installed is found"
@@ -178,20 +172,12 @@ def test_set_up_names_missing_packages_and_needs_no_gradio(tmp_path):
         assert (done.returncode, done.stderr) == (1 if missing else 0, missing)
 
 
-def test_exit_codes(tmp_path, capsys):
+def test_an_error_is_one_line_in_the_terminal_and_in_the_log(tmp_path, capsys):
     start_log(tmp_path)
-
-    def exit_code(error):
-        def main():
-            raise error
-
-        with pytest.raises(SystemExit) as stopped:
-            fail_in_one_line(main)
-        return stopped.value.code
-
-    assert exit_code(ValueError("what to change")) == 1
-    assert capsys.readouterr().err == "error: what to change\n"
-    assert "what to change" in (tmp_path / "log").read_text()
+    with pytest.raises(SystemExit) as stopped:
+        fail_in_one_line(lambda: int("what to change"))
+    assert stopped.value.code == 1 and "what to change" in (tmp_path / "log").read_text()
+    assert capsys.readouterr().err == "error: invalid literal for int() with base 10: 'what to change'\n"
     with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
         fail_in_one_line(lambda: 1 / 0)
 
@@ -210,24 +196,20 @@ def test_shipped_configs_load_by_name_anywhere(tmp_path, monkeypatch, clipn):
     assert code == 1 and "tyo: no such config file" in shown.err and ", toy" in shown.err
     (tmp_path / "toy.yaml").write_text("run: {dir: mine}")
     assert load_config("toy.yaml").run.dir == "mine", "a file in the current folder comes first"
-
-
-def test_a_config_path_may_hold_an_equals_sign(tmp_path, clipn):
-    path = tmp_path / "train.lr=1.yaml"
-    path.write_text("train: {lr: fast}")
-    code, shown = clipn("train", str(path))
-    assert code == 1 and shown.err.startswith(f"error: {path}: train.lr: ")
+    (tmp_path / "train.lr=1.yaml").write_text("train: {lr: fast}")
+    code, shown = clipn("train", "train.lr=1.yaml")
+    assert code == 1 and shown.err.startswith("error: train.lr=1.yaml: train.lr: "), "a path may hold an equals sign"
 
 
 def test_requirements_are_those_of_the_package():
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = {
-        name: [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    running, developing = (
+        [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
         for name in ("requirements.txt", "requirements-dev.txt")
-    }
-    assert lines["requirements.txt"] == project["dependencies"] + extras["demo"]
-    assert lines["requirements-dev.txt"] == ["-r requirements.txt", *extras["onnx"], *extras["test"]]
-    assert all(re.search(r">=\d", line) for line in sum(lines.values(), []) if not line.startswith("-r"))
+    )
+    assert running == project["dependencies"] + extras["demo"]
+    assert developing == ["-r requirements.txt", *extras["onnx"], *extras["test"]]
+    assert all(re.search(r">=\d", line) for line in running + developing[1:])
     assert project["version"] == __version__

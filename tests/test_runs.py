@@ -1,6 +1,7 @@
 """Whole runs by the command line: world, base, training, evaluation and report, on a tiny built-in world."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -80,23 +81,16 @@ def test_several_checkpoints_give_mean_and_deviation(run, capsys):
     assert "mean ± standard deviation over 2 checkpoints" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("eval.methods=[MSP,Magic]", "unknown score 'Magic'; the scores are: MSP"),
+def test_bad_evaluation_settings_are_one_line(run, capsys):
+    for word, message in (
+        ("eval.methods=[MSP,Magic]", "eval.methods: unknown score 'Magic'; the scores are: MSP, "),
         ("eval.class_names=[a,b]", "2 class names for 24 class folders"),
-        ("eval.templates=['a photo']", "'a photo' has no \"{}\""),
-        ("eval.id=missing/folder", "no such folder: missing/folder"),
-        ("eval.checkpoints=missing*.pt", "eval.checkpoints='missing*.pt': no such file"),
         ("eval.scale=0", "eval.scale=0.0: expected a positive number"),
-    ],
-)
-def test_bad_evaluation_settings_are_one_line(run, capsys, word, message):
-    with pytest.raises(SystemExit) as stopped:
-        evaluate(run, f"run.dir={run[0]}/run/seed_0", word)
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 1 and message in lines[-1] and lines[-1].startswith("error: ")
-    assert sum(line.startswith("error") or "Traceback" in line for line in lines) == 1
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            evaluate(run, f"run.dir={run[0]}/run/seed_0", word)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 1 and re.fullmatch(f"error: .*{re.escape(message)}.*\n", error), error
 
 
 def test_classes_are_chosen_by_their_accuracy_on_pairs(run, capsys):
