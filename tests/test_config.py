@@ -164,7 +164,7 @@ def test_an_unknown_key_is_named_with_the_choices(write, text, key, near, choice
 
 
 WRONG = [
-    # a value, the key that must be named, and a word of what is expected
+    # section, key, value, and a part of what the message says is expected
     ("train", "lr", "abc", "abc"),
     ("train", "epochs", "1.5", "1.5"),
     ("train", "betas", "3", ""),

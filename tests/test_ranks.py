@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import write_clipn
 from helpers import numbered_samples, run_ranks, write_images, write_shard
 from test_train import ROOT, assert_same, weights
@@ -54,11 +55,13 @@ def uneven(tmp_path):
 
 
 @pytest.mark.parametrize("ranks, objective, workers", [(3, "clipn", 2), (2, "clip", 0)])
-def test_many_ranks_are_one_process(config_file, base_clip, uneven, tmp_path, ranks, objective, workers):
+def test_many_ranks_are_one_process(config_file, base_clip, uneven, tmp_path, caplog, ranks, objective, workers):
+    caplog.set_level(logging.INFO)
     words = [*uneven, f"train.objective={objective}", f"data.workers={workers}"]
     if objective == "clip":
         words.append(f"model.pretrained={base_clip}/clip.pt")
     alone = train(load_config(config_file, [*words, "data.workers=0", f"run.dir={tmp_path}/alone"]))
+    assert "each epoch leaves out 2 pairs that fill no batch" in caplog.text
     run_ranks(ranks, train_rank, config_file, words)
     assert_same(weights(alone), weights(tmp_path / "run/checkpoints/last.pt"), rtol=2e-4, atol=2e-5)
     first, second = lines(tmp_path / "alone"), lines(tmp_path / "run")
@@ -125,8 +128,6 @@ def test_batch_norm_is_synchronised_on_gpus_and_warned_about_elsewhere(monkeypat
     assert isinstance(sync_batch_norm(tower(), choose_device("cpu"))[1], nn.BatchNorm2d) and not caplog.text
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 4)
-    import torch
-
     synchronised = sync_batch_norm(tower(), torch.device("cuda"))
     assert isinstance(synchronised[1], nn.SyncBatchNorm) and not caplog.text
     assert synchronised.state_dict().keys() == tower().state_dict().keys(), "checkpoints stay the same"
