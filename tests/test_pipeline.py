@@ -29,8 +29,7 @@ def world(monkeypatch):
 
     def make_world(world):
         if world.name:
-            folders.append(world.root)
-            write_images(Path(world.root), "id/cat/1.png", "id/dog/1.png", "near/1.png")
+            folders.append(write_images(Path(world.root), "id/cat/1.png", "id/dog/1.png", "near/1.png"))
 
     for module in (clipn.pipeline, clipn.ablation):
         monkeypatch.setattr(module, "make_world", make_world)
@@ -95,9 +94,8 @@ def test_a_shared_world_is_made_and_checked_for_all_combinations_first(config_pa
     assert trained == [] and len(world) == 1
 
 
-def test_sets_and_checkpoints_that_the_run_will_write_are_no_error(config_path, tmp_path):
-    run = tmp_path / "run"
-    words = ["world.name=toy", "eval.id=${world.root}/id", f"eval.checkpoints=[{run}/checkpoints/*.pt]"]
+def test_sets_and_checkpoints_that_the_run_will_write_are_no_error(config_path):
+    words = ["world.name=toy", "eval.id=${world.root}/id", "eval.checkpoints=['${run.dir}/checkpoints/*.pt']"]
     config = load_config(config_path, words)
     check_checkpoints(config)
     check_evaluation(config, world_made=False)
