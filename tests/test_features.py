@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import architecture, write_clipn
 from helpers import files, run_ranks, write_images, write_shard
 from PIL import Image
 from test_train import assert_same, weights
+from torch.utils.data import default_collate
 
 import clipn.runtime.files
 import clipn.runtime.signals
@@ -23,7 +25,7 @@ from clipn.data.pairs import open_pairs, pair_dataset
 from clipn.features.pairs import count_causes, pair_features
 from clipn.features.store import FeatureStore
 from clipn.model.base import get_tokenizer
-from clipn.model.clipn import CLIPN, create_model_and_transforms
+from clipn.model.clipn import CLIPN, configured_model
 from clipn.runtime.distributed import choose_device, process_group, rank
 from clipn.training.loop import train
 
@@ -80,23 +82,17 @@ def filled(tmp_path_factory):
 
 def inputs_of(config):
     """The model, tokenizer and pairs that a config names."""
-    settings = config.model
-    model, _, _ = create_model_and_transforms(
-        settings.name, settings.pretrained, settings.num_prompts, "cpu", settings.image_mean, settings.image_std
-    )
-    return model, get_tokenizer(config.model.name), open_pairs(config.data) if config.data.shards else None
+    pairs = open_pairs(config.data) if config.data.shards else None
+    return configured_model(config.model, "cpu"), get_tokenizer(config.model.name), pairs
 
 
 def features_of(config):
     return pair_features(config, *inputs_of(config))
 
 
-def metrics(config) -> list[dict]:
-    return [json.loads(line) for line in (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()]
-
-
 def logged(config, *names) -> list[float]:
-    return [line[name] for line in metrics(config) for name in names]
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines for name in names]
 
 
 def part_bytes(folder) -> dict[str, bytes]:
@@ -141,12 +137,10 @@ def test_every_row_is_found_in_its_part(settings, tmp_path, part_size, text):
     rows = [19, 3, 0, 2, 4, 3, 11]
     batches = [features.batch([(epoch, row) for row in rows]) for epoch in (0, 1, 2)]
     for epoch, batch in enumerate(batches):
-        expected = [dataset[epoch % 2, row] for row in rows]
-        for name in ("tokens", "no_tokens"):
-            assert torch.equal(batch[name], torch.stack([sample[name] for sample in expected]))
+        expected = default_collate([dataset[epoch % 2, row] for row in rows])
+        assert all(torch.equal(batch[name], expected[name]) for name in ("tokens", "no_tokens"))
         with torch.no_grad():
-            image = model.encode_image(torch.stack([sample["image"] for sample in expected]))
-            yes = model.encode_text(torch.stack([sample["tokens"] for sample in expected]))
+            image, yes = model.encode_image(expected["image"]), model.encode_text(expected["tokens"])
         torch.testing.assert_close(batch["image_features"], image, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(batch["yes_features"], yes, rtol=1e-4, atol=1e-5)
     assert not torch.equal(batches[0]["image_features"], batches[1]["image_features"])
@@ -172,9 +166,7 @@ def test_two_ranks_fill_one_store_and_train_as_one_process(settings, tmp_path):
     notes = [name for name in files(tmp_path / "features") if name.startswith("written")]
     assert notes == [f"written_{part}_by_{part % 2}" for part in range(5)]
     assert part_bytes(tmp_path / "features") == part_bytes(tmp_path / "single/features")
-    assert_same(
-        weights(f"{tmp_path}/single/checkpoints/last.pt"), weights(f"{tmp_path}/run/checkpoints/last.pt"), **NEAR
-    )
+    assert_same(*(weights(f"{tmp_path}/{run}/checkpoints/last.pt") for run in ("single", "run")), **NEAR)
     assert logged(settings(), "loss") == pytest.approx(logged(single, "loss"), rel=1e-4)
 
 
@@ -190,13 +182,10 @@ def test_unreadable_pairs_are_left_out_and_counted(settings, tmp_path, caplog):
     assert batch["number"].tolist() == readable
     assert torch.equal(batch["tokens"], tokenizer([pairs[n].caption for n in readable]))
     train(config)
-    assert [line["step"] for line in metrics(config)] == [1, 2, 3, 4]
-
-
-def test_no_readable_pair_at_all_is_an_error(settings, tmp_path):
+    assert logged(config, "step") == [1, 2, 3, 4]
     write_shard(tmp_path / "pairs.tar", samples(6, range(6)))
     with pytest.raises(ValueError, match="none of its 6 pairs is readable"):
-        features_of(settings())
+        features_of(settings(f"features.dir={tmp_path}/none"))
 
 
 # Restarts and disks
@@ -206,6 +195,7 @@ def test_a_killed_run_encodes_only_the_parts_that_are_not_there(settings, tmp_pa
     straight = settings(*FROM_FEATURES, f"run.dir={tmp_path}/straight", f"features.dir={tmp_path}/straight/features")
     train(straight)
     assert sum(encoded) == 20
+    encoded.clear()
     config, counted = settings(*FROM_FEATURES), CLIPN.encode_image
 
     def killed(self, images):
@@ -213,11 +203,9 @@ def test_a_killed_run_encodes_only_the_parts_that_are_not_there(settings, tmp_pa
             raise KeyboardInterrupt
         return counted(self, images)
 
-    encoded.clear()
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(CLIPN, "encode_image", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+        train(config)
     assert files(tmp_path / "features") == ["manifest.json", "part_00000.safetensors", "part_00001.safetensors"]
     encoded.clear()
     assert_same(weights(train(config)), weights(f"{tmp_path}/straight/checkpoints/last.pt"))
@@ -228,21 +216,13 @@ def test_a_killed_run_encodes_only_the_parts_that_are_not_there(settings, tmp_pa
 
 
 def test_a_full_disk_leaves_no_broken_part(settings, tmp_path, monkeypatch):
-    config, synced, fsync = settings(), [], os.fsync
-    parts = inputs_of(config)
-
-    def full(descriptor):
-        synced.append(descriptor)
-        if len(synced) == 3:  # the manifest, a part, and another
-            raise OSError(errno.ENOSPC, "No space left on device")
-        fsync(descriptor)
-
-    with monkeypatch.context() as patch:
+    inputs = inputs_of(settings())
+    full = Mock(side_effect=[None, None, OSError(errno.ENOSPC, "No space left on device")])  # the manifest, two parts
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(clipn.runtime.files.os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            pair_features(config, *parts)
+        pair_features(settings(), *inputs)
     assert files(tmp_path / "features") == ["manifest.json", "part_00000.safetensors"]
-    assert len(features_of(config)) == 20
+    assert len(features_of(settings())) == 20
 
 
 def test_too_little_space_is_reported_before_any_work(settings, tmp_path, monkeypatch, encoded):
@@ -276,13 +256,10 @@ def test_a_signal_that_a_fork_lost_stops_before_the_next_batch(settings, monkeyp
     monkeypatch.setattr(clipn.runtime.signals, "_asked", [15])
     with pytest.raises(KeyboardInterrupt):
         features_of(settings())
-    monkeypatch.setattr(clipn.runtime.signals, "_asked", [])
-    assert len(features_of(settings())) == 20
 
 
 def test_pairs_of_an_outage_are_not_kept(settings, tmp_path):
-    folder = tmp_path / "images"
-    write_images(folder, *(f"{n}.png" for n in range(20)))
+    folder = write_images(tmp_path / "images", *(f"{n}.png" for n in range(20)))
     rows = "".join(f"images/{n}.png,caption {n}\n" for n in range(20))
     (tmp_path / "pairs.csv").write_text("filepath,title\n" + rows)
     config = settings(f"data.shards={tmp_path}/pairs.csv", "features.part_size=5")
@@ -296,10 +273,9 @@ def test_pairs_of_an_outage_are_not_kept(settings, tmp_path):
 
 
 def test_a_folder_keeps_its_part_size(filled):
-    _, settings = filled
-    first, again = (features_of(settings(f"features.part_size={size}")) for size in (4, 3))
     rows = [(0, row) for row in range(20)]
-    assert all(torch.equal(value, again.batch(rows)[name]) for name, value in first.batch(rows).items())
+    first, again = (features_of(filled[1](f"features.part_size={size}")).batch(rows) for size in (4, 3))
+    assert_same(first, again)
 
 
 # A folder of other features
@@ -308,34 +284,33 @@ def test_a_folder_keeps_its_part_size(filled):
 @pytest.mark.parametrize(
     "words, change",
     [
-        (["model.pretrained={}/other.pt"], r"weights: '\w+' there, '\w+' now"),
-        (["model.name={}/gelu.json", "model.pretrained={}/gelu.pt"], "model: {.*} there, {.*'quick_gelu': True.*} now"),
-        (["features.views=2"], "views: 1 there, 2 now"),
-        (["features.seed=2"], "seed: 0 there, 2 now"),
-        (["train.precision=bf16"], "precision: 'fp32' there, 'bf16' now"),
-        (["data.crop_scale=[0.5,1.0]"], r"crop_scale: \[0\.3, 1\.0\] there, \[0\.5, 1\.0\] now"),
-        (["data.flip=1"], r"flip: 0\.5 there, 1\.0 now"),
-        (["model.num_prompts=0"], "negated: False there, True now"),
-        (["model.image_mean=[0,0,0]"], "preprocess: {.*} there, {.*} now"),
-        (["data.caption_templates=['a {{}}']"], r"caption_templates: \['{}'\] there, \['a {}'\] now"),
-        (["data.caption_column=text"], "caption_column: 'title' there, 'text' now"),
-        (["data.shards={}/more.tar"], r"pairs: '\w+' there, '\w+' now; samples: 20 there, 21 now"),
+        ("model.pretrained={}/other.pt", r"weights: '\w+' there, '\w+' now"),
+        ("model.name={}/gelu.json model.pretrained={}/gelu.pt", "model: {.*} there, {.*'quick_gelu': True.*} now"),
+        ("features.views=2", "views: 1 there, 2 now"),
+        ("features.seed=2", "seed: 0 there, 2 now"),
+        ("train.precision=bf16", "precision: 'fp32' there, 'bf16' now"),
+        ("data.crop_scale=[0.5,1.0]", r"crop_scale: \[0\.3, 1\.0\] there, \[0\.5, 1\.0\] now"),
+        ("data.flip=1", r"flip: 0\.5 there, 1\.0 now"),
+        ("model.num_prompts=0", "negated: False there, True now"),
+        ("model.image_mean=[0,0,0]", "preprocess: {.*} there, {.*} now"),
+        ("data.caption_templates=['{{}}!']", r"caption_templates: \['{}'\] there, \['{}!'\] now"),
+        ("data.caption_column=text", "caption_column: 'title' there, 'text' now"),
+        ("data.shards={}/more.tar", r"pairs: '\w+' there, '\w+' now; samples: 20 there, 21 now"),
     ],
 )
 def test_features_of_something_else_are_refused(filled, words, change):
     folder, settings = filled
     before = part_bytes(folder / "features")
     with pytest.raises(ValueError, match=rf"features of something else: .*{change}.* Choose another features\.dir"):
-        features_of(settings(*(word.format(folder) for word in words)))
+        features_of(settings(*words.format(folder, folder).split()))
     assert part_bytes(folder / "features") == before
 
 
 def test_features_of_rewritten_shards_are_refused(settings, tmp_path):
-    path = tmp_path / "pairs.tar"
     features_of(settings())
-    size = path.stat().st_size
-    write_shard(path, samples(20) | {"00003": samples(20)["00003"] | {"txt": b"another caption"}})
-    assert path.stat().st_size == size, "tar files are padded"
+    size, changed = (tmp_path / "pairs.tar").stat().st_size, samples(20)
+    changed["00003"]["txt"] = b"another caption"
+    assert write_shard(tmp_path / "pairs.tar", changed).stat().st_size == size, "tar files are padded"
     with pytest.raises(ValueError, match="features of something else: pairs: "):
         features_of(settings())
 
