@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import socket
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from helpers import write_images
 from clipn.demo import app
 from clipn.demo.verdict import class_shares, parse_class_names, summary, verdict
 from clipn.deploy.result import Result
+from clipn.runtime import signals
 from clipn.scores import DECISIONS, SCORES
 
 with_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="Gradio, an extra, is not installed")
@@ -164,6 +167,23 @@ def test_a_missing_ood_folder_keeps_the_classes(run_demo, tmp_path):
     (tmp_path / "run/world/far").rename(tmp_path / "elsewhere")
     page = run_demo(str(checkpoint))
     assert page.class_names == ["cat", "polar bear"] and list(page.examples) == ["Known classes"]
+
+
+@with_gradio
+def test_a_stop_request_that_python_drops_while_gradio_starts_ends_the_demo(run_demo, tmp_path, monkeypatch):
+    """Python drops the KeyboardInterrupt of a signal that arrives in a __del__, such as that of an event loop."""
+
+    def start(page, *arguments):
+        page.is_running = True
+        monkeypatch.setattr(signals, "_asked", [signal.SIGTERM])
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr("clipn.demo.page.start", start)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    checkpoint = write_clipn(tmp_path / "a.pt")
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(str(checkpoint))
+    assert list(tmp_path.iterdir()) == [checkpoint], "the uploads are deleted"
 
 
 # --- errors ---

@@ -19,6 +19,7 @@ from clipn.data.prompts import load_class_names
 from clipn.deploy.detector import Detector
 from clipn.model.checkpoint import checkpoint_folder, last_checkpoint
 from clipn.model.weights import find_weights
+from clipn.runtime.signals import stop_if_asked
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def run_demo(
         print(f"CLIPN's page is at {address} (Ctrl-C stops it)", flush=True)
         try:
             while demo.is_running:
+                stop_if_asked()
                 time.sleep(0.1)
         finally:
             demo.close(verbose=False)
