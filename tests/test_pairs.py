@@ -1,6 +1,4 @@
-"""Image-caption pairs: which are drawn, how they are read, and what happens to broken ones."""
-
-import logging
+"""Image-caption pairs: tables, the order of training, samples, and the replacement of broken pairs."""
 
 import pytest
 import torch
@@ -11,9 +9,10 @@ from clipn.config.schema import Config, DataConfig
 from clipn.data.images import default_preprocess
 from clipn.data.pairs import EpochBatches, open_pairs, training_loader
 from clipn.data.shards import CAUSES
+from clipn.runtime.random import stream
 
 JPG = jpeg_bytes()
-HUGE = png_header(60_000, 60_000)  # a decompression bomb says so in its first bytes
+HUGE = png_header(60_000, 60_000)
 
 
 # Tables
@@ -38,37 +37,30 @@ def test_a_tsv_with_its_own_columns_and_absolute_paths(tmp_path, settings):
     assert (pairs[0].caption, pairs[0].image) == ("a dog, running", image.read_bytes())
 
 
-def test_a_quote_without_an_end_is_told_with_the_file(tmp_path, settings):
-    (tmp_path / "x.tsv").write_text('filepath\ttitle\n1.png\t"no end\n2.png\ttwo\n')
-    with pytest.raises(ValueError, match=r"x\.tsv: not a readable table"):
-        open_pairs(settings(tmp_path / "x.tsv"))
-
-
-@pytest.mark.parametrize("rows", ["1.png,a cat, asleep\n2.png,two\n", "1.png,one\n2.png,a cat, asleep\n"])
-def test_a_comma_without_quotes_never_shifts_the_columns(tmp_path, settings, rows):
-    (tmp_path / "x.csv").write_text(f"filepath,title\n{rows}")
-    with pytest.raises(ValueError, match=r"x\.csv"):
-        open_pairs(settings(tmp_path / "x.csv"))
-
-
-def test_a_missing_column_is_named_with_those_there_are(tmp_path, settings):
-    (tmp_path / "x.csv").write_text("file,title\na.png,b\n")
-    with pytest.raises(ValueError, match=r"x\.csv.*'filepath'.*data\.image_column.*file, title"):
-        open_pairs(settings(tmp_path / "x.csv"))
-    with pytest.raises(ValueError, match=r"'text'.*data\.caption_column"):
-        open_pairs(settings(tmp_path / "x.csv", image_column="file", caption_column="text"))
-
-
-def test_columns_of_any_name_are_told_in_one_line(tmp_path, settings):
-    (tmp_path / "x.csv").write_text('"two\nlines",title\na.png,b\n')
-    with pytest.raises(ValueError, match="two.*lines") as error:
-        open_pairs(settings(tmp_path / "x.csv"))
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("x.tsv", 'filepath\ttitle\n1.png\t"no end\n2.png\ttwo\n', "not a readable table"),
+        ("x.csv", "filepath,title\n1.png,a cat, asleep\n2.png,two\n", "not a readable table"),
+        ("x.csv", "filepath,title\n1.png,one\n2.png,a cat, asleep\n", "not a readable table"),
+        ("x.csv", "file,title\na.png,b\n", r"no column 'filepath' \(data\.image_column\).*file, title"),
+        ("x.csv", "filepath,text\na.png,b\n", r"no column 'title' \(data\.caption_column\).*filepath, text"),
+        ("x.csv", '"two\nlines",title\na.png,b\n', "two.*lines"),
+        ("x.csv", "", "not a readable table"),
+        ("x.csv", "\n", "not a readable table"),
+        ("x.csv", "filepath,title\n", "holds no rows"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_reported_in_one_line(tmp_path, settings, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: .*{message}") as error:
+        open_pairs(settings(tmp_path / name))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["", ".", "/", "a\0b", "a\nb", "x" * 5000, "1.png/x"], ids=lambda name: repr(name)[:8])
-def test_an_image_that_cannot_be_is_a_bad_pair_at_once(tmp_path, run, caplog, monkeypatch, name):
-    monkeypatch.setattr("clipn.data.storage.time.sleep", lambda seconds: pytest.fail("trying again does not help"))
+def test_an_impossible_image_path_is_a_bad_pair_without_retries(tmp_path, run, caplog, monkeypatch, name):
+    monkeypatch.setattr("clipn.data.storage.time.sleep", lambda seconds: pytest.fail("a retry"))
     write_images(tmp_path, "1.png")
     (tmp_path / "x.csv").write_text(f'filepath,title\n"{name}",n 0\n1.png,n 1\n')
     (batch,) = run(shards=str(tmp_path / "x.csv"), batch_size=2, epochs=1)[0]
@@ -77,14 +69,7 @@ def test_an_image_that_cannot_be_is_a_bad_pair_at_once(tmp_path, run, caplog, mo
     assert skipped.sum() == skipped[CAUSES.index("unreadable file")] == len(messages(caplog).splitlines())
 
 
-@pytest.mark.parametrize("text", ["", "\n", "filepath,title\n"])
-def test_a_table_without_rows_is_named(tmp_path, settings, text):
-    (tmp_path / "x.csv").write_text(text)
-    with pytest.raises(ValueError, match=r"x\.csv"):
-        open_pairs(settings(tmp_path / "x.csv"))
-
-
-def test_a_table_and_something_else_are_refused(tmp_path, settings):
+def test_a_table_among_other_files_is_refused(tmp_path, settings):
     (tmp_path / "x.csv").write_text("filepath,title\na.png,b\n")
     shard = write_shard(tmp_path / "x.tar", numbered_samples(2))
     for mixed in ([tmp_path / "x.csv", shard], [shard, tmp_path / "x.csv"]):
@@ -116,10 +101,20 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     flat = [pair for batch in order(12, 12, 4) for pair in batch]
     assert [pair for batch in order(12, 12, 6) for pair in batch] == flat, "not on the batch size"
     torch.manual_seed(5)
-    assert order(epochs=2) == first, "not on what was drawn before"
+    assert order(epochs=2) == first, "not on the state of other generators"
 
 
-def test_what_is_left_after_the_last_whole_batch_waits_for_another_epoch():
+def test_streams_depend_on_tag_and_numbers_alone():
+    draws = [
+        tuple(stream(*key).integers(2**60, size=2)) for key in (("order", 0, 1), ("prompt", 0, 1), ("order", 1, 0))
+    ]
+    draws += [
+        tuple(stream(*key).integers(2**60, size=2)) for key in (("order", 0, 1, 0), ("order", 0), ("order", 0, 11))
+    ]
+    assert len(set(draws)) == 6 and tuple(stream("order", 0, 1).integers(2**60, size=2)) == draws[0]
+
+
+def test_pairs_after_the_last_whole_batch_are_used_in_other_epochs():
     batches = order(num_pairs=10, batch_size=3, epochs=20)
     assert len(batches) == 60 and all(len(batch) == 3 for batch in batches)
     used = [{number for batch in batches[3 * e : 3 * e + 3] for _, number in batch} for e in range(20)]
@@ -135,16 +130,10 @@ def test_a_short_epoch_draws_from_all_pairs():
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 6])
-def test_starting_late_is_skipping(start):
+def test_a_later_start_skips_batches(start):
     batches = EpochBatches(10, 10, 3, 2, 0, start)
     assert list(batches) == order(epochs=2)[start:]
     assert len(batches) == len(list(batches)) == 6 - start
-
-
-def test_the_length_is_the_number_of_batches():
-    for num_pairs, batch_size, epochs in [(10, 3, 2), (12, 4, 1), (7, 7, 3)]:
-        batches = EpochBatches(num_pairs, 20, batch_size, epochs, 0, 0)
-        assert len(batches) == len(list(batches))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -221,15 +210,14 @@ def test_samples_are_the_same_for_any_number_of_workers(run):
 
 
 def test_a_later_start_gives_the_same_batches(run):
-    templates = ["{}", "a {}", "the {}", "some {}"]
-    whole = list(run(caption_templates=templates, erase=0.5)[0])
-    assert_same_batches(list(run(start=1, caption_templates=templates, erase=0.5)[0]), whole[1:])
-    assert_same_batches(list(run(start=2, caption_templates=templates, erase=0.5)[0]), whole[2:])
+    draws = {"caption_templates": ["{}", "a {}", "the {}", "some {}"], "erase": 0.5}
+    whole = list(run(**draws)[0])
+    for start in (1, 2):
+        assert_same_batches(list(run(start=start, **draws)[0]), whole[start:])
 
 
-def test_an_image_is_cropped_anew_each_epoch(run, tmp_path):
-    wide = {"erase": 1.0, "batch_size": 10, "epochs": 2}
-    first, second = list(run(**wide)[0])
+def test_each_epoch_crops_an_image_differently(run):
+    first, second = list(run(erase=1.0, batch_size=10)[0])
     by_number = {number: image for number, image in zip(numbers([first]), first["image"], strict=True)}
     again = [torch.equal(by_number[n], image) for n, image in zip(numbers([second]), second["image"], strict=True)]
     assert not all(again)
@@ -306,14 +294,14 @@ def test_a_broken_pair_is_replaced_by_another_and_counted(run, caplog, part, con
     assert f"skipped {run.path}" in messages(caplog) and cause in messages(caplog)
 
 
-def test_replacements_are_alike_in_any_worker_and_other_in_another_epoch(run):
+def test_replacements_depend_on_the_epoch_and_not_on_the_worker(run):
     samples = broken(numbered_samples(10), *range(5))
     first, second = list(run(samples, batch_size=10)[0])
     assert_same_batches(list(run(batch_size=10, workers=2)[0]), [first, second])
     assert sorted(first["number"].tolist()) != sorted(second["number"].tolist())
 
 
-def test_a_whole_bad_stretch_is_replaced(run):
+def test_a_long_run_of_bad_pairs_is_replaced(run):
     (batch,) = run(broken(numbered_samples(60), *range(30)), batch_size=60, epochs=1)[0]
     assert min(numbers([batch])) >= 30 and (batch["skipped"].sum(dim=1) > 0).sum() == 30
 
@@ -327,13 +315,9 @@ def test_a_missing_image_of_a_table_is_replaced(tmp_path, run):
     assert causes["empty caption"] >= 1 and causes["unreadable file"] >= 1
 
 
-def test_too_many_broken_pairs_in_a_row_end_training(run, caplog):
-    logging.getLogger("clipn").setLevel(logging.ERROR)
-    try:
-        with pytest.raises(ValueError, match=r"pairs in a row are bad, drawn at random after .*run\.tar"):
-            list(run(broken(numbered_samples(40), *range(40)), batch_size=4)[0])
-    finally:
-        logging.getLogger("clipn").setLevel(logging.NOTSET)
+def test_too_many_broken_pairs_in_a_row_end_training(run):
+    with pytest.raises(ValueError, match=r"pairs in a row are bad, drawn at random after .*run\.tar"):
+        list(run(broken(numbered_samples(40), *range(40)), batch_size=4)[0])
 
 
 # Sizes that do not fit
@@ -345,18 +329,20 @@ def test_num_pairs_shortens_the_epoch(run):
     assert run(num_pairs=5, batch_size=4)[1] == 1
 
 
-def test_more_pairs_than_there_are_is_told(run):
-    with pytest.raises(ValueError, match=r"data\.num_pairs=11: there are only 10 pairs"):
-        run(num_pairs=11)
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"num_pairs": 11}, r"data\.num_pairs=11: there are only 10 pairs"),
+        ({"batch_size": 11}, r"train\.batch_size=11: an epoch has only 10 pairs"),
+        ({"batch_size": 8, "num_pairs": 7}, r"train\.batch_size=8: an epoch has only 7 pairs"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_reported(run, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        run(**sizes)
 
 
-def test_a_batch_larger_than_the_epoch_is_told(run):
-    for more in ({"batch_size": 11}, {"batch_size": 8, "num_pairs": 7}):
-        with pytest.raises(ValueError, match=rf"train\.batch_size={more['batch_size']}: an epoch has only"):
-            run(**more)
-
-
-def test_a_batch_that_ranks_cannot_share_is_told(run, monkeypatch):
+def test_a_batch_that_ranks_cannot_share_is_reported(run, monkeypatch):
     monkeypatch.setattr(clipn.data.pairs, "world_size", lambda: 3)
     with pytest.raises(ValueError, match=r"train\.batch_size=4 cannot be shared equally by 3 ranks"):
         run(batch_size=4)
