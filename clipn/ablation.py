@@ -15,7 +15,6 @@ import pandas as pd
 import yaml
 
 from clipn.config.loading import base_config, load_config, to_dict
-from clipn.config.schema import Config
 from clipn.evaluation.evaluate import check_evaluation
 from clipn.model.checkpoint import last_checkpoint
 from clipn.pipeline import each_seed, evaluate_all, train_one
@@ -131,14 +130,10 @@ def run_combination(path: str, plan: list[str], trained: dict[str, str]) -> pd.D
     """Train one combination, unless `trained` has the same training (settings -> checkpoint); returns its results."""
     configs = each_seed(path, plan)
     for config in configs:
-        settings = training_settings(config)
+        # what the training depends on: not the evaluation, nor the folder
+        settings = str(to_dict(config) | {"eval": None}).replace(config.run.dir, "*")
         if settings not in trained:
             train_one(config)
             trained[settings] = str(last_checkpoint(config.run.dir))
         config.eval.checkpoints = trained[settings]
     return evaluate_all(load_config(path, plan), configs).results
-
-
-def training_settings(config: Config) -> str:
-    """The settings that a training depends on: without `eval`, and with run.dir replaced by `*`."""
-    return str(to_dict(config) | {"eval": None}).replace(config.run.dir, "*")

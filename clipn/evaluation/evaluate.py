@@ -71,8 +71,7 @@ def check_evaluation(config: Config, world_made: bool = True) -> None:
     if settings.id is None:
         return
     if world_made or config.world.name is None:
-        id_set, _, _ = _open_sets(settings)
-        load_class_names(settings.class_names, id_set.classes)
+        load_class_names(settings.class_names, _open_sets(settings)[0].classes)
         return
     for key in ("id", "ood", "train"):
         entries = _outside(config.world.root, getattr(settings, key))
@@ -137,21 +136,8 @@ def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodIn
     return set_scores
 
 
-def find_checkpoints(config: Config) -> list[str]:
-    """The checkpoints that eval.checkpoints, this run's own folder, or model.pretrained name, in that order.
-
-    eval.checkpoints: files, globs of them, run folders or shared folders, "hf://user/repo". Raises FileNotFoundError
-    for a name that matches nothing. An open_clip tag in model.pretrained gives [].
-    """
-    if config.eval.checkpoints:
-        return _matching_files(config.eval.checkpoints)
-    last, pretrained = last_checkpoint(config.run.dir), config.model.pretrained
-    if last.is_file():
-        return [str(last)]
-    return [pretrained] if pretrained and Path(pretrained).is_file() else []
-
-
 def _matching_files(names: str | Sequence[str] | None) -> list[str]:
+    """The files of eval.checkpoints, each once: files, globs, run folders, shared folders, "hf://user/repo"."""
     paths: list[str] = []
     for name in [names] if isinstance(names, str) else names or []:
         file = find_weights(name)
@@ -159,16 +145,19 @@ def _matching_files(names: str | Sequence[str] | None) -> list[str]:
         if not matches:
             raise FileNotFoundError(f"eval.checkpoints={name!r}: no such file")
         paths += matches
-    return list({Path(path).resolve(): path for path in paths}.values())  # each once
+    return list({Path(path).resolve(): path for path in paths}.values())
 
 
 def _models(config: Config) -> Iterator[tuple[CLIPN, int]]:
-    """Each checkpoint's model, ready on the device, and the seed that it was trained with."""
-    settings, device = config.model, choose_device(config.run.device)
-    paths = find_checkpoints(config)
+    """Each checkpoint's model, ready on the device, and the seed that it was trained with.
+
+    Without eval.checkpoints it is this run's own checkpoint, else model.pretrained: a file or an open_clip tag.
+    """
+    settings, device, last = config.model, choose_device(config.run.device), last_checkpoint(config.run.dir)
+    own = [name for name in (str(last), settings.pretrained) if name and Path(name).is_file()]
+    paths = _matching_files(config.eval.checkpoints) or own[:1]
     if not paths:
         if not settings.pretrained:
-            last = last_checkpoint(config.run.dir)
             raise FileNotFoundError(f"nothing to evaluate: no {last}; name a checkpoint in eval.checkpoints")
         log.info("evaluating %s, %s", settings.name, settings.pretrained)
         yield configured_model(settings, device), config.run.seed

@@ -43,28 +43,31 @@ def fit_knn(features: Tensor) -> Score:
     return _on_device(features, score)
 
 
-def fit_mahalanobis(features: Tensor, labels: Tensor | None, num_classes: int) -> Score:
+def fit_mahalanobis(features: Tensor, labels: Tensor | None, num_classes: int, relative: bool = False) -> Score:
     """Negative squared Mahalanobis distance to the nearest class mean (Lee et al., NeurIPS 2018).
 
-    All classes share one covariance. Only these features count: no other layers, no input perturbation. Raises
-    ValueError as `fit_rmd` does.
-    """
-    mean, whiten, class_means = _class_gaussians(features, labels, num_classes, "Mahalanobis")
-    return _on_device(features, lambda block: -_nearest((block.double() - mean) @ whiten, class_means))
-
-
-def fit_rmd(features: Tensor, labels: Tensor | None, num_classes: int) -> Score:
-    """Relative Mahalanobis: the Mahalanobis score minus that of one Gaussian of all images (Ren et al., 2021).
-
+    All classes share one covariance. Only these features count: no other layers, no input perturbation.
+    relative: RMD, which subtracts the score of one Gaussian of all images (Ren et al., 2021).
     Raises ValueError without labels [M], for a class without images, and for fewer than D + C images: the shared
     covariance then lacks some directions, and an outlier in such a direction would not be detected.
     """
-    mean, whiten, class_means = _class_gaussians(features, labels, num_classes, "RMD")
-    whiten_all = _whitening(features, mean)
+    _check_labels(features, labels, num_classes, "RMD" if relative else "Mahalanobis")
+    labels = labels.to(features.device).long()
+    means = features.new_zeros(num_classes, features.shape[1], dtype=torch.float64)
+    # products, because index_add adds in any order on a GPU
+    for block, block_labels in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
+        means += F.one_hot(block_labels, num_classes).double().T @ block.double()
+    mean = means.sum(dim=0) / len(features)
+    means /= torch.bincount(labels, minlength=num_classes)[:, None]
+    whiten, whiten_all = _whitening(features, means, labels), _whitening(features, mean) if relative else None
+    centres = (means - mean) @ whiten
 
     def score(block: Tensor) -> Tensor:
         centred = block.double() - mean
-        return (centred @ whiten_all).square().sum(dim=1) - _nearest(centred @ whiten, class_means)
+        points = centred @ whiten
+        squares = points.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1) - 2 * points @ centres.T
+        nearest = squares.clamp(min=0).amin(dim=1)
+        return (centred @ whiten_all).square().sum(dim=1) - nearest if relative else -nearest
 
     return _on_device(features, score)
 
@@ -141,22 +144,6 @@ def _check_labels(features: Tensor, labels: Tensor | None, num_classes: int, met
         raise ValueError(f"{method}: {count} training images are too few: {need}")
 
 
-def _class_gaussians(
-    features: Tensor, labels: Tensor | None, num_classes: int, method: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of all [D], a whitening of the covariance within classes [D, r], and the whitened class means [C, r]."""
-    _check_labels(features, labels, num_classes, method)
-    labels = labels.to(features.device).long()
-    means = features.new_zeros(num_classes, features.shape[1], dtype=torch.float64)
-    # products, because index_add adds in any order on a GPU
-    for block, block_labels in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
-        means += F.one_hot(block_labels, num_classes).double().T @ block.double()
-    mean = means.sum(dim=0) / len(features)
-    means /= torch.bincount(labels, minlength=num_classes)[:, None]
-    whiten = _whitening(features, means, labels)
-    return mean, whiten, (means - mean) @ whiten
-
-
 def _principal_axes(features: Tensor, means: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Variances [D] about one mean [D] or each class's [C, D], the smallest first; their directions; which count."""
     covariance = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
@@ -174,12 +161,6 @@ def _whitening(features: Tensor, means: Tensor, labels: Tensor | None = None) ->
     """[D, r]: squared lengths after it are Mahalanobis distances. Directions of negligible variance are left out."""
     variances, directions, varies = _principal_axes(features, means, labels)
     return directions[:, varies] / variances[varies].sqrt()
-
-
-def _nearest(points: Tensor, centres: Tensor) -> Tensor:
-    """[b, r] and [C, r] -> [b]: the squared distance to the nearest centre."""
-    lengths = points.square().sum(dim=1, keepdim=True) + centres.square().sum(dim=1)
-    return (lengths - 2 * points @ centres.T).clamp(min=0).amin(dim=1)
 
 
 def _residual(features: Tensor, method: str) -> Score:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from clipn.config.schema import EvalConfig
-from clipn.methods.from_features import Score, fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_rmd, fit_vim
+from clipn.methods.from_features import Score, fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_vim
 from clipn.methods.from_images import gl_mcm, odin
 from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Pool, mine, neglabel, read_words, save_negatives
 from clipn.model.base import get_tokenizer
@@ -51,9 +51,9 @@ class MethodInputs:
 class Method(NamedTuple):
     """How a score is made, and which inputs it needs."""
 
-    takes: str  # what the score is a function of: "features" [B, D] or "images" [B, 3, H, W]
     make: Callable[[MethodInputs], Score]
     needs: tuple[str, ...] = ()  # of "train", "labels", "words"
+    takes: str = "features"  # what the score is a function of: "features" [B, D] or "images" [B, 3, H, W]
 
 
 def _against_words(inputs: MethodInputs, pool: Pool, head: Head | None = None) -> Score:
@@ -69,18 +69,18 @@ def _against_words(inputs: MethodInputs, pool: Pool, head: Head | None = None) -
 
 
 METHODS: dict[str, Method] = {
-    "NegLabel": Method("features", lambda x: _against_words(x, NEGLABEL), ("words",)),
-    "CSP": Method("features", lambda x: _against_words(x, CSP), ("words",)),
-    "NegLabel+CLIPN": Method("features", lambda x: _against_words(x, NEGLABEL, x.head), ("words",)),
-    "CSP+CLIPN": Method("features", lambda x: _against_words(x, CSP, x.head), ("words",)),
-    "kNN": Method("features", lambda x: fit_knn(x.train), ("train",)),
-    "Mahalanobis": Method("features", lambda x: fit_mahalanobis(x.train, x.labels, x.classes), ("train", "labels")),
-    "RMD": Method("features", lambda x: fit_rmd(x.train, x.labels, x.classes), ("train", "labels")),
-    "ViM": Method("features", lambda x: fit_vim(x.train, x.head.weight_yes, x.scale), ("train",)),
-    "Residual": Method("features", lambda x: fit_residual(x.train), ("train",)),
-    "ReAct": Method("features", lambda x: fit_react(x.train, x.head.weight_yes, x.scale), ("train",)),
-    "GL-MCM": Method("images", lambda x: partial(gl_mcm, x.model, x.head, scale=x.scale)),
-    "ODIN": Method("images", lambda x: partial(odin, x.model, x.head, scale=x.scale)),
+    "NegLabel": Method(lambda x: _against_words(x, NEGLABEL), ("words",)),
+    "CSP": Method(lambda x: _against_words(x, CSP), ("words",)),
+    "NegLabel+CLIPN": Method(lambda x: _against_words(x, NEGLABEL, x.head), ("words",)),
+    "CSP+CLIPN": Method(lambda x: _against_words(x, CSP, x.head), ("words",)),
+    "kNN": Method(lambda x: fit_knn(x.train), ("train",)),
+    "Mahalanobis": Method(lambda x: fit_mahalanobis(x.train, x.labels, x.classes), ("train", "labels")),
+    "RMD": Method(lambda x: fit_mahalanobis(x.train, x.labels, x.classes, relative=True), ("train", "labels")),
+    "ViM": Method(lambda x: fit_vim(x.train, x.head.weight_yes, x.scale), ("train",)),
+    "Residual": Method(lambda x: fit_residual(x.train), ("train",)),
+    "ReAct": Method(lambda x: fit_react(x.train, x.head.weight_yes, x.scale), ("train",)),
+    "GL-MCM": Method(lambda x: partial(gl_mcm, x.model, x.head, scale=x.scale), takes="images"),
+    "ODIN": Method(lambda x: partial(odin, x.model, x.head, scale=x.scale), takes="images"),
 }
 METHOD_NAMES = (*SCORES, *METHODS)
 _SETTINGS = {
