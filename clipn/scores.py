@@ -1,7 +1,7 @@
 """OOD scores and threshold-free decisions from logits. For every score, higher means in-distribution.
 
 Each score takes logits_yes and logits_no, [B, C] = scale * cosine, and returns [B]. Only MCM uses `scale`. Only CTW and
-ATD use logits_no.
+ATD use logits_no. Entropy and variance are baselines in the released code of MCM, there for the softmax of the cosines.
 """
 
 from collections.abc import Callable
@@ -36,19 +36,13 @@ def mcm(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.
 
 
 def entropy(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.0) -> Tensor:
-    """Negative entropy of the softmax, in nats: 0 if one class has probability 1, -log C for equal probabilities.
-
-    A baseline in the released code of MCM (Ming et al., NeurIPS 2022), there for the softmax of the cosines.
-    """
+    """Negative entropy of the softmax, in nats: 0 if one class has probability 1, -log C for equal probabilities."""
     log_probability = logits_yes.log_softmax(dim=1)
     return (log_probability.exp() * log_probability).sum(dim=1)
 
 
 def variance(logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.0) -> Tensor:
-    """Population variance of the C softmax probabilities, whose mean is 1 / C.
-
-    A baseline in the released code of MCM (Ming et al., NeurIPS 2022), there for the softmax of the cosines.
-    """
+    """Population variance of the C softmax probabilities, whose mean is 1 / C."""
     return logits_yes.softmax(dim=1).var(dim=1, correction=0)
 
 

@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from clipn.deploy.model_card import model_card, run_facts
-from clipn.model.checkpoint import (
-    base_weights,
-    no_weights,
-    read_checkpoint,
-    write_checkpoint,
-    write_shared,
-)
+from clipn.model.checkpoint import base_weights, no_weights, read_checkpoint, write_checkpoint, write_shared
 from clipn.model.clipn import load_model
 from clipn.model.hashing import base_hash, weights_hash
 from clipn.model.weights import WEIGHTS, find_weights, open_model

@@ -8,6 +8,7 @@ written by `clipn export share`, has only the last two, as safetensors with the 
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,7 @@ def last_checkpoint(run_dir: str | Path) -> Path:
 
 def published_name(name: str) -> str:
     """The name in the published layout of a parameter of a CLIPN or of its base (module path -> flat name)."""
-    if name == "no_text.prompts":
-        return PROMPTS
-    if name.startswith("no_text.tower."):
-        part, *rest = name.removeprefix("no_text.tower.").split(".")
-        return ".".join([part + "_no", *rest])
+    name = re.sub(r"^no_text\.tower\.(\w+)", r"\1_no", name.replace("no_text.prompts", PROMPTS))
     return name.removeprefix("base.").removeprefix("text.")
 
 

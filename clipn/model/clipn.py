@@ -27,7 +27,6 @@ class NoTextTower(nn.Module):
     def __init__(self, text: nn.Module, num_prompts: int, context_length: int) -> None:
         super().__init__()
         self.tower = copy.deepcopy(text).requires_grad_(True)
-        self.num_prompts = num_prompts
         width = token_embedding(self.tower).embedding_dim
         prompts = nn.Parameter(torch.zeros(num_prompts, context_length, width)) if num_prompts else None
         self.register_parameter("prompts", prompts)
@@ -53,24 +52,19 @@ class NoTextTower(nn.Module):
 class CLIPN(nn.Module):
     """The frozen base CLIP (image tower, "yes" text tower, temperature) and the "no" text tower.
 
-    All features are [B, D], float32, L2-normalised.
+    All features are [B, D], float32, L2-normalised. num_prompts: P; 0 for the hand-crafted variant.
     """
 
     def __init__(self, base: nn.Module, num_prompts: int, architecture: Architecture) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.architecture = architecture
+        self.architecture, self.num_prompts = architecture, num_prompts
         self.no_text = NoTextTower(base.text, num_prompts, context_length(architecture))
 
     @property
     def logit_scale(self) -> nn.Parameter:
         """The log of the temperature s."""
         return self.base.logit_scale
-
-    @property
-    def num_prompts(self) -> int:
-        """P, the number of "no" prompts; 0 for the hand-crafted variant."""
-        return self.no_text.num_prompts
 
     @property
     def preprocess(self) -> dict[str, Any]:
