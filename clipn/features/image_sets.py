@@ -50,12 +50,11 @@ def image_set_features(
         if store.missing():
             dataset = ImageFiles(images.paths, val_transform(model.preprocess))
             store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
-        parts = [store.read(part) for part in range(len(store))]
-        skipped, causes = torch.cat([part["skipped"] for part in parts]).T.tolist()
-        if len(skipped) == len(images):
+        rows, parts = store.read()
+        skipped, causes = rows.T.tolist()
+        if not parts:
             total = len(images)
             raise ValueError(f"image set {images.name!r}: none of the {total} images in {images.root} is readable")
-        parts = [part for part in parts if "image" in part]
         columns = {name: torch.cat([part[name] for part in parts]) for name in ("image", *scores)}
         barrier()
         if (not settings.keep_features or UNREAD in causes) and is_main():  # an unread file may be readable later

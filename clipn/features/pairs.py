@@ -32,11 +32,9 @@ class PairFeatures:
     """
 
     def __init__(self, store: FeatureStore, device: torch.device) -> None:
-        parts = [store.read(part) for part in range(len(store))]
+        self.skipped, parts = store.read()
         self.fingerprint: str = store.manifest["pairs"]
-        self.skipped = torch.cat([part["skipped"] for part in parts])
         self.numbers = torch.ones(store.samples, dtype=bool).index_fill(0, self.skipped[:, 0], False).nonzero()[:, 0]
-        parts = [part for part in parts if "image" in part]
         if not parts:
             raise ValueError(f"{store.folder}: none of its {store.samples} pairs is readable")
         self.image, self.yes = DenseColumn(parts, "image", device), DenseColumn(parts, "yes", device)
@@ -160,9 +158,8 @@ class _PairViews(Dataset):
 def _manifest(config: Config, model: CLIPN, pairs: Pairs | None) -> dict[str, Any]:
     """All that the features of a training set depend on."""
     data, settings = config.data, config.features
-    keys = ("crop_scale", "flip", "color_jitter", "erase", "caption_templates")
-    keys += ("caption_key", "image_column", "caption_column")
-    manifest = {key: getattr(data, key) for key in keys} | {
+    keys = "crop_scale flip color_jitter erase caption_templates caption_key image_column caption_column"
+    manifest = {key: getattr(data, key) for key in keys.split()} | {
         "of": "image-caption pairs",
         "model": model.architecture,
         "weights": weights_hash(model.base.visual, model.base.text),

@@ -76,14 +76,19 @@ class FeatureStore:
         with atomic_write(self.file(part)) as file:
             file.write(save({name: column.contiguous() for name, column in columns.items()}))
 
-    def read(self, part: int) -> Columns:
-        """A part's columns, mapped from the file. Raises ValueError for a damaged file."""
-        try:
-            return load_file(self.file(part))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(
-                f"{self.file(part)}: not a whole feature file ({error}); delete it: the same command recreates it"
-            ) from error
+    def read(self) -> tuple[Tensor, list[Columns]]:
+        """The rows of "skipped" [n, 2], and the columns of each part with a readable sample, mapped from its file.
+
+        Raises ValueError for a damaged file.
+        """
+        parts = []
+        for file in map(self.file, range(len(self))):
+            try:
+                parts.append(load_file(file))
+            except (SafetensorError, OSError, ValueError) as error:
+                reason = f"not a whole feature file ({error}); delete it: the same command recreates it"
+                raise ValueError(f"{file}: {reason}") from error
+        return torch.cat([part["skipped"] for part in parts]), [part for part in parts if len(part) > 1]
 
     @torch.inference_mode()
     def fill(
