@@ -258,17 +258,17 @@ def test_a_signal_that_a_fork_lost_stops_before_the_next_batch(settings, monkeyp
         features_of(settings())
 
 
-def test_pairs_of_an_outage_are_not_kept(settings, tmp_path):
+def test_pairs_of_an_outage_can_be_encoded_again(settings, tmp_path, caplog):
     folder = write_images(tmp_path / "images", *(f"{n}.png" for n in range(20)))
     rows = "".join(f"images/{n}.png,caption {n}\n" for n in range(20))
     (tmp_path / "pairs.csv").write_text("filepath,title\n" + rows)
-    config = settings(f"data.shards={tmp_path}/pairs.csv", "features.part_size=5")
-    folder.rename(tmp_path / "away")
-    with pytest.raises(ValueError, match=r"20 of 20 pairs are bad \(20 unreadable file\)|none of its"):
-        features_of(config)
-    (tmp_path / "away").rename(folder)
-    for part in (tmp_path / "features/pairs").glob("part_*"):
-        part.unlink()
+    config = settings(f"data.shards={tmp_path}/pairs.csv", "features.part_size=5", "data.max_bad_fraction=0.1")
+    away = (folder / "7.png").rename(tmp_path / "7.png")
+    assert len(features_of(config)) == 19
+    part = tmp_path / "features/pairs/part_00001.safetensors"
+    assert f"could not be read, delete from {part.parent}: {part.name}" in caplog.text
+    away.rename(folder / "7.png")
+    part.unlink()
     assert len(features_of(config)) == 20
 
 

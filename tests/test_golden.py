@@ -14,11 +14,6 @@ def model(golden):
     return clipn.create_model_and_transforms(golden["config"], golden["checkpoint"])[0]
 
 
-@pytest.fixture(scope="module")
-def head(golden, model):
-    return clipn.build_head(model, clipn.get_tokenizer(golden["config"]), golden["classes"], golden["prompts"])
-
-
 def assert_close(actual, expected):
     scale = float(torch.as_tensor(expected).abs().max())
     torch.testing.assert_close(torch.as_tensor(actual).detach(), expected, rtol=1e-4, atol=1e-4 * scale)
@@ -31,14 +26,11 @@ def features(golden, model):
     return image, model.encode_text(tokens), model.encode_no_text(tokens)
 
 
-def test_tokens(golden):
-    assert torch.equal(clipn.get_tokenizer(golden["config"])(golden["texts"]), golden["arrays"]["tokens"].long())
-
-
-def test_features(golden, model):
-    names = ("image_features", "yes_features", "no_features")
-    for name, actual in zip(names, features(golden, model), strict=True):
-        assert_close(actual, golden["arrays"][name])
+def test_tokens_and_features(golden, model):
+    arrays = golden["arrays"]
+    assert torch.equal(clipn.get_tokenizer(golden["config"])(golden["texts"]), arrays["tokens"].long())
+    for name, actual in zip(("image", "yes", "no"), features(golden, model), strict=True):
+        assert_close(actual, arrays[f"{name}_features"])
 
 
 def test_losses_and_gradients(golden, model):
@@ -59,16 +51,16 @@ def test_losses_and_gradients(golden, model):
         assert_close(gradients[name], value)
 
 
-def test_head_scores_and_metrics(golden, model, head):
-    arrays = golden["arrays"]
+@torch.no_grad()
+def test_head_scores_and_metrics(golden, model):
+    arrays, tokenizer = golden["arrays"], clipn.get_tokenizer(golden["config"])
+    head = clipn.build_head(model, tokenizer, golden["classes"], golden["prompts"])
     assert_close(head.weight_yes, arrays["weight_yes"])
     assert_close(head.weight_no, arrays["weight_no"])
-    with torch.no_grad():
-        id_logits = head(model.encode_image(arrays["id_images"].float()), scale=100.0)
-        ood_logits = head(model.encode_image(arrays["ood_images"].float()), scale=100.0)
+    logits = {kind: head(model.encode_image(arrays[f"{kind}_images"].float()), scale=100.0) for kind in ("id", "ood")}
     for method, expected in golden["metrics"].items():
-        id_scores, ood_scores = SCORES[method](*id_logits), SCORES[method](*ood_logits)
-        assert_close(id_scores, arrays[f"id:{method}"])
-        assert_close(ood_scores, arrays[f"ood:{method}"])
-        metrics = ood_metrics(id_scores, ood_scores)
+        scores = {kind: SCORES[method](*pair) for kind, pair in logits.items()}
+        for kind, values in scores.items():
+            assert_close(values, arrays[f"{kind}:{method}"])
+        metrics = ood_metrics(scores["id"], scores["ood"])
         assert {key: metrics[key] for key in expected} == pytest.approx(expected, rel=1e-4)
