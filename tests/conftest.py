@@ -140,12 +140,16 @@ def straight(finished_run, base_clip, tmp_path_factory) -> dict[str, dict]:
     return {objective: read_checkpoint(path)["state_dict"] for objective, path in ends.items()}
 
 
+def replace_figures(patch: pytest.MonkeyPatch) -> None:
+    """Make an image of one pixel each figure of a report, because drawing takes seconds."""
+    for name in ("draw_bars", "draw_histograms", "draw_roc", "draw_samples"):
+        patch.setattr(f"clipn.report.write.{name}", lambda _: Image.new("RGB", (1, 1)))
+    patch.setattr("clipn.report.write.save_figure", lambda image, path: image.save(path))
+
+
 @pytest.fixture
 def no_figures(monkeypatch):
-    """Reports with an image of one pixel as each figure, because drawing takes seconds."""
-    for name in ("draw_bars", "draw_histograms", "draw_roc", "draw_samples"):
-        monkeypatch.setattr(f"clipn.report.write.{name}", lambda _: Image.new("RGB", (1, 1)))
-    monkeypatch.setattr("clipn.report.write.save_figure", lambda image, path: image.save(path))
+    replace_figures(monkeypatch)
 
 
 @pytest.fixture

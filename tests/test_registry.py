@@ -121,6 +121,7 @@ def test_the_report_is_written_with_intervals_and_any_file_name(material, tmp_pa
     words = [f"run.dir={run}", f"eval.ood={ood}", "eval.bootstrap=50", "eval.methods=[MSP,NegLabel+CLIPN]"]
     run_evaluation(str(material / "config.yaml"), words)
     assert "</html>" in (run / "report.html").read_text() and (run / "intervals.csv").is_file()
+    assert all((run / f"figures/{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("histograms", "samples"))
     assert "NegLabel+CLIPN" in (run / "results.md").read_text()
 
 
