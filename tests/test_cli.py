@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -105,12 +106,11 @@ def test_every_gpu_command_starts_torchrun_once(clipn, launched, monkeypatch, wo
 
 
 def test_several_machines_and_launched_processes(config_file, clipn, launched, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "PET_MASTER_ADDR": "first"}.items():
-        monkeypatch.setenv(name, value)  # a cluster may set RANK for its machines
-    assert clipn("train", str(config_file))[0] == 0
+    with monkeypatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "PET_MASTER_ADDR": "first"}.items():
+            patch.setenv(name, value)  # a cluster may set RANK for its machines
+        assert clipn("train", str(config_file))[0] == 0
     assert launched == [["--nproc_per_node=3", "-m", "clipn", "train", str(config_file)]]
-    for name in ("RANK", "WORLD_SIZE", "PET_MASTER_ADDR"):
-        monkeypatch.delenv(name)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # a process that torchrun has started
     assert clipn("train", str(config_file), "train.epochs=1")[0] == 0 and len(launched) == 1
 
@@ -133,10 +133,8 @@ def test_the_printed_command_is_the_typed_one(monkeypatch):
 
 
 def test_a_stopped_run_prints_the_command_that_resumes(clipn, monkeypatch):
-    def stopped(*arguments):
-        raise Interrupted("stopped after step 3; to resume")
-
-    monkeypatch.setattr("clipn.pipeline.run_training", stopped)
+    stop = Mock(side_effect=Interrupted("stopped after step 3; to resume"))
+    monkeypatch.setattr("clipn.pipeline.run_training", stop)
     monkeypatch.setattr(sys, "argv", ["clipn"])
     monkeypatch.delenv("NPROC", raising=False)
     code, shown = clipn("train", "toy", "data.shards=pairs/{0..9}.tar")

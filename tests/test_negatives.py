@@ -1,6 +1,5 @@
 """NegLabel and CSP: reading words, mining and scoring, against plain loops."""
 
-import math
 import random
 import zlib
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from helpers import read, spell
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 
 import clipn
 from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Words, mine, neglabel, read_words, save_negatives
@@ -193,12 +193,10 @@ def drawn(groups, size, classes, images, seed=0, width=8):
 
 def slow_mass(image, negatives, scale):
     """[G][C]: the softmax of each class beside each group."""
-    masses = []
-    for group in negatives.weights:
-        logits = [scale * float(image @ w) for w in [*negatives.labels, *group]]
-        parts = [math.exp(value - max(logits)) for value in logits]
-        masses.append([part / sum(parts) for part in parts[: len(negatives.labels)]])
-    return masses
+    return [
+        softmax(scale * torch.cat([negatives.labels, group]) @ image)[: len(negatives.labels)]
+        for group in negatives.weights
+    ]
 
 
 @settings(deadline=None, max_examples=25)
