@@ -145,11 +145,11 @@ def _predict(images: list[str], keep: float | None, calibrate: str | None, **opt
 
     from clipn.data.prompts import class_names_of
     from clipn.deploy.detector import Detector
-    from clipn.deploy.folders import Calibration, predict_folders
+    from clipn.deploy.folders import predict_folders
 
     if keep is not None and not calibrate:
         raise ValueError(f"--keep={keep}: sets how strict --calibrate is; --calibrate is missing")
-    calibration = Calibration(calibrate, 0.95 if keep is None else keep) if calibrate else None
+    calibration = (calibrate, 0.95 if keep is None else keep) if calibrate else None
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an image that is too large is an error row
     writing = {name: options.pop(name) for name in ("csv_file", "ood_folder", "batch_size")}
     detector = Detector.from_pretrained(options.pop("checkpoint"), class_names_of(options.pop("classes")), **options)

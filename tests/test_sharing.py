@@ -200,7 +200,7 @@ def test_a_published_file_is_shared_with_the_names_that_it_lacks(tagged, tmp_pat
     model = clipn.create_model_and_transforms(*tagged, num_prompts=2)[0]
     file, shared = tmp_path / "epoch_9.pt", tmp_path / "shared"
     torch.save({"epoch": 9, "name": "x", "state_dict": weights(model)}, file)
-    with pytest.raises(ValueError, match=r"epoch_9\.pt: does not state its architecture"):
+    with pytest.raises(ValueError, match=r"epoch_9\.pt: does not say its architecture"):
         share_weights(file, shared)
     with pytest.raises(ValueError, match="tag='lab': not open_clip's of 'Tiny-B'; its tags are: lab_s1"):
         share_weights(file, shared, ShareOptions(model_name="Tiny-B", tag="lab"))

@@ -1,7 +1,5 @@
 """Heads for changing class names: each name is encoded once."""
 
-from __future__ import annotations
-
 import logging
 import reprlib
 import threading
@@ -28,30 +26,26 @@ class ClassWeights:
         self._weights: dict[tuple[tuple[str, ...], str], tuple[Tensor, Tensor]] = {}
         self._lock = threading.Lock()
 
-    def head(self, class_names: Sequence[str], templates: Sequence[str]) -> Head:
+    def head(self, class_names: Sequence[str], templates: tuple[str, ...]) -> Head:
         """The head of these class names; only names that are not in the cache are encoded."""
-        templates = tuple(templates)
         weights = {name: self._weights.get((templates, name)) for name in class_names}
         new = [name for name, pair in weights.items() if pair is None]
         if new:
             with self._lock:
                 self._warn_of_truncation(new, templates)
                 head = build_head(self._model, self._tokenizer, new, templates)
-                rows = zip(head.weight_yes, head.weight_no, strict=True)
-                weights |= {name: (yes.clone(), no.clone()) for name, (yes, no) in zip(new, rows, strict=True)}
+                for name, yes, no in zip(new, head.weight_yes, head.weight_no, strict=True):
+                    weights[name] = yes.clone(), no.clone()  # a clone does not keep the whole head
                 if len(self._weights) + len(new) > _CAPACITY:
                     self._weights.clear()
                 self._weights |= {(templates, name): weights[name] for name in new}
-        pairs = zip(*(weights[name] for name in class_names), strict=True)
-        return Head(*(torch.stack(rows) for rows in pairs))
+        return Head(*map(torch.stack, zip(*(weights[name] for name in class_names), strict=True)))
 
     def _warn_of_truncation(self, names: Sequence[str], templates: Sequence[str]) -> None:
         length = context_length(self._model.architecture)
         texts = [fill(max(templates, key=len), name) for name in names]
-        differs = self._tokenizer(texts) != self._tokenizer(texts, 2 * length)[:, :length]
-        truncated = [name for name, differ in zip(names, differs.any(dim=1).tolist(), strict=True) if differ]
+        differs = (self._tokenizer(texts) != self._tokenizer(texts, 2 * length)[:, :length]).any(dim=1)
+        truncated = [reprlib.repr(name) for name, differ in zip(names, differs, strict=True) if differ]
         if truncated:
-            shown = ", ".join(map(reprlib.repr, truncated[:5]))
-            log.warning(
-                "%d class names exceed the model's %d tokens and are truncated: %s", len(truncated), length, shown
-            )
+            message = "%d class names exceed the model's %d tokens and are truncated: %s"
+            log.warning(message, len(truncated), length, ", ".join(truncated[:5]))

@@ -8,7 +8,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,12 +55,11 @@ class Detector:
         scale: float = 100.0,
     ) -> None:
         """model: on its device; it is set to evaluation mode. The rest is as in `from_pretrained`."""
-        _check(method, scale)
         self.model, self.scale = model.eval(), scale
         self.preprocess: Transform = val_transform(model.preprocess)
         self._class_weights = ClassWeights(model)
         self._lock = threading.Lock()  # held while `_state` is replaced
-        self._state = self._new_state(method, class_names, "simple" if templates is None else templates)
+        self._state = self._new_state(method, class_names, templates)
 
     @classmethod
     def from_pretrained(
@@ -106,7 +105,6 @@ class Detector:
 
     @property
     def head(self) -> Head:
-        """The weights of the class names."""
         return self._state.head
 
     @property
@@ -134,11 +132,10 @@ class Detector:
 
         Raises ValueError for an unknown method, no names or an empty one.
         """
-        method, templates = method or self.method, self.templates if templates is None else templates
-        _check(method, self.scale)
         other = copy.copy(self)
         other._lock = threading.Lock()
-        other._state = self._new_state(method, class_names, templates)
+        templates = self.templates if templates is None else templates
+        other._state = self._new_state(method or self.method, class_names, templates)
         return other
 
     def predict(
@@ -180,8 +177,9 @@ class Detector:
             self._state = state._replace(threshold=threshold)
         return threshold
 
-    def _results(self, images: Iterable[AnyImage], state: _State, batch_size: int, on_error: str) -> Iterator[Any]:
-        """A Result for each image or, with on_error="return", its error."""
+    def _results(
+        self, images: Iterable[AnyImage], state: _State, batch_size: int, on_error: str
+    ) -> Iterator[Result | Exception]:
         for batch in map_batches(self._to_tensor, enumerate(images), batch_size):
             tensors = [item for item in batch if isinstance(item, Tensor)]
             results = iter(self._classify(torch.stack(tensors), state) if tensors else [])
@@ -194,21 +192,21 @@ class Detector:
         """[B, 3, H, W] preprocessed -> B results."""
         with torch.inference_mode():
             features = self.model.encode_image(pixels.to(self.device))
-            logits_yes, logits_no = state.head(features, self.scale)
-            scores = {name: score(logits_yes, logits_no, self.scale).tolist() for name, score in SCORES.items()}
-            says_ood = [None] * len(pixels)
+            logits = state.head(features, self.scale)
+            scores = {name: score(*logits, self.scale).tolist() for name, score in SCORES.items()}
             if state.threshold is not None:
                 says_ood = [score < state.threshold for score in scores[state.method]]
             elif state.method in DECISIONS:
-                says_ood = DECISIONS[state.method](logits_yes, logits_no).tolist()
-            logits_yes, logits_no = logits_yes.cpu(), logits_no.cpu()
-        by_image = [dict(zip(scores, values, strict=True)) for values in zip(*scores.values(), strict=True)]
-        return [
-            Result(
-                state.method, own, ood, yes.clone(), no.clone(), state.class_names
-            )  # a clone does not keep the batch
-            for own, ood, yes, no in zip(by_image, says_ood, logits_yes, logits_no, strict=True)
-        ]
+                says_ood = DECISIONS[state.method](*logits).tolist()
+            else:
+                says_ood = [None] * len(pixels)
+            yes, no = (values.cpu() for values in logits)
+        results = []
+        for n, ood in enumerate(says_ood):
+            own_scores = {name: values[n] for name, values in scores.items()}
+            own_logits = yes[n].clone(), no[n].clone()  # a clone does not keep the batch
+            results.append(Result(state.method, own_scores, ood, *own_logits, state.class_names))
+        return results
 
     def _to_tensor(self, numbered: tuple[int, AnyImage]) -> Tensor | Exception:
         """One image preprocessed, [3, H, W], or its error."""
@@ -221,21 +219,20 @@ class Detector:
             return error if names_path else ValueError(f"image {number}: {error or type(error).__name__}")
 
     def _check_preprocessed(self, pixels: Tensor) -> Tensor:
-        size = self.model.preprocess["size"]
-        shape = (3, size, size) if isinstance(size, int) else (3, *size)
-        advice = "give pixels as uint8, or detector.preprocess(image)"
-        if not pixels.is_floating_point() or tuple(pixels.shape) != shape:
-            raise ValueError(
-                f"{pixels.dtype} tensor of shape {list(pixels.shape)}: expected {list(shape)} floats; {advice}"
-            )
+        size, advice = self.model.preprocess["size"], "give pixels as uint8, or detector.preprocess(image)"
+        shape, expected = list(pixels.shape), [3, size, size] if isinstance(size, int) else [3, *size]
+        if not pixels.is_floating_point() or shape != expected:
+            raise ValueError(f"{pixels.dtype} tensor of shape {shape}: expected {expected} floats; {advice}")
         if not pixels.isfinite().all():
             raise ValueError(f"float tensor with values that are not finite; {advice}")
         if any(self.model.preprocess["mean"]) and pixels.min() >= 0 and pixels.max() <= 1:
             log.warning("a float tensor of values in 0..1 is used as already normalised; %s", advice)
         return pixels.float().cpu()
 
-    def _new_state(self, method: str, class_names: Sequence[str], templates: str | Path | Sequence[str]) -> _State:
-        names, templates = tuple(check_class_names(class_names)), tuple(load_templates(templates, "templates"))
+    def _new_state(self, method: str, class_names: Sequence[str], templates: str | Sequence[str] | None) -> _State:
+        _check(method, self.scale)
+        templates = tuple(load_templates("simple" if templates is None else templates, "templates"))
+        names = tuple(check_class_names(class_names))
         return _State(method, names, templates, self._class_weights.head(names, templates))
 
 

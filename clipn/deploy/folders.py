@@ -36,25 +36,19 @@ class Row(NamedTuple):
     error: str = ""
 
 
-class Calibration(NamedTuple):
-    """A folder of in-distribution images, and the share of them that reaches the threshold."""
-
-    folder: str | Path
-    keep: float = 0.95
-
-
 def predict_folders(
     detector: Detector,
     sources: Sequence[str | Path],
     csv_file: str | Path | None = None,
     ood_folder: str | Path | None = None,
-    calibration: Calibration | None = None,
+    calibration: tuple[str | Path, float] | None = None,
     batch_size: int = 32,
 ) -> None:
     """Classify every image of these folders and files; print one line per image, or write one row to `csv_file`.
 
     csv_file: its rows are replaced, except for those of images that an earlier run moved. Each row is written at once.
     ood_folder: OOD images are moved there, under their path within the source folder. Nothing is overwritten.
+    calibration: a folder of in-distribution images, and the share of them that reaches the threshold.
 
     Raises FileNotFoundError or ValueError for a source that does not exist, if no image can be read, and for targets
     that hold something else. KeyboardInterrupt is passed on.
@@ -63,8 +57,8 @@ def predict_folders(
     sources = _outermost(sources)
     _check_targets(sources, csv_file, ood_folder)
     if calibration:
-        paths = [path for _, path in _images([Path(calibration.folder)])]
-        detector.calibrate(paths, calibration.keep, batch_size)
+        folder, keep = calibration
+        detector.calibrate([path for _, path in _images([Path(folder)])], keep, batch_size)
     elif detector.method not in DECISIONS:
         choices = " or ".join(DECISIONS)
         raise ValueError(f"method {detector.method} decides only by a threshold: calibrate it, or choose {choices}")

@@ -1,7 +1,5 @@
 """The facts that a shared file states about its run, and its model card: README.md from model_card.md.j2."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -38,10 +36,9 @@ def run_facts(content: dict[str, Any], file: Path, weights_sha256: str) -> dict[
 
     weights_sha256: of the checkpoint's model; results of other weights are left out.
     """
-    config, training = content.get("config") or {}, content.get("training") or {}
-    folder = file.parent.parent
+    folder, training = file.parent.parent, content.get("training") or {}
     record = _record(folder, weights_sha256) if file.parent == checkpoint_folder(folder) else {}
-    config = config | {"eval": record.get("eval")}
+    config = (content.get("config") or {}) | {"eval": record.get("eval")}
     return {
         "name": str(content.get("name") or file.stem),
         "epoch": content.get("epoch"),
@@ -102,16 +99,18 @@ def _public(config: dict[str, Any]) -> dict[str, Any]:
         config = config | {"features": {}}
     public = {}
     for section, keys in _PUBLIC.items():
-        settings = {key: value for key, value in (config.get(section) or {}).items() if key in keys.split()}
-        public[section] = {key: _without_folders(v, key) if key in _PATHS else v for key, v in settings.items()}
-    return {section: settings for section, settings in public.items() if settings}
+        for key, value in (config.get(section) or {}).items():
+            if key in keys.split():
+                public.setdefault(section, {})[key] = _without_folders(value, key)
+    return public
 
 
 def _without_folders(value: Any, key: str) -> Any:
     """A path or URL without its folders and query, which may hold a user name or a key; lists of texts stay."""
-    if isinstance(value, list):
-        return [_without_folders(item, key) for item in value] if key == "shards" else value
-    return re.split(r"[/\\]", value.partition("?")[0])[-1] if isinstance(value, str) else value
+    if key == "shards" and isinstance(value, list):
+        return [_without_folders(item, key) for item in value]
+    is_path = key in _PATHS and isinstance(value, str)
+    return re.split(r"[/\\]", value.partition("?")[0])[-1] if is_path else value
 
 
 def _record(folder: Path, weights_sha256: str) -> dict[str, Any]:

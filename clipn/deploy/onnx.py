@@ -1,7 +1,5 @@
 """Export a Detector as one ONNX file: image tower, class weights, scores and decisions, compared with torch."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
@@ -51,27 +49,32 @@ def run_onnx(detector: Detector, path: str | Path, check: str | None = None) -> 
         paths = paths[:: -(-len(paths) // 64)]  # from all parts of the folder
         images = torch.stack([detector.preprocess(open_image(path)) for path in paths])
         compared = f"{len(images)} images of {check}"
-    differences = export_onnx(detector, path, images)
-    cosine, score = differences["cosine"], differences["score"]
+    cosine, score = export_onnx(detector, path, images).values()
     print(f"onnxruntime and torch on {compared}: cosines differ by {cosine:.1e}, scores by {score:.1e}")
     print(f"done: {path} ({Path(path).stat().st_size / 1e6:.1f} MB, {len(detector.class_names)} classes)")
 
 
 def export_onnx(detector: Detector, path: str | Path, images: Tensor | None = None) -> dict[str, float]:
-    """Write a detector on the CPU as an ONNX file with a variable batch size; returns its differences from torch.
+    """Write a detector on the CPU as an ONNX file with a variable batch size; returns the values of `compare`.
 
-    images: [N, 3, H, W] preprocessed, for the comparison as in `compare`; None: random ones. Weights of 2 GB and more
-    are written to PATH.data beside it.
+    images: [N, 3, H, W] preprocessed, for the comparison; None: random ones. Weights of 2 GB and more are written to
+    PATH.data beside it. The metadata of the file hold class names, preprocessing and scale as JSON texts.
 
     Raises ValueError, and writes nothing, if a package is missing, torch cannot export the image tower, or onnxruntime
     and torch differ by more than TOLERANCE.
     """
     onnxruntime = _onnxruntime()
-    module, path = OnnxModel(detector).eval(), Path(path)
-    size = detector.model.preprocess["size"]
+    module, path, size = OnnxModel(detector).eval(), Path(path), detector.model.preprocess["size"]
     example = torch.randn(2, 3, *((size, size) if isinstance(size, int) else size))
     program = _to_program(module, example)
-    program.model.metadata_props.update(_metadata(detector))
+    metadata = {
+        "class_names": detector.class_names,
+        "preprocess": detector.model.preprocess,
+        "scale": detector.scale,
+        "scores": "A higher score means in-distribution; is_ood is the threshold-free decision.",
+    }
+    texts = {f"clipn_{key}": json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+    program.model.metadata_props.update(texts)
     large = sum(value.numel() * value.element_size() for value in module.state_dict().values()) > LARGEST
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -93,18 +96,16 @@ def compare(session: Any, module: OnnxModel, images: Tensor, batch_size: int = 1
     "cosine": of the logits, divided by their scale. "score": of CTW and ATD, computed from the session's own logits,
     because near-tied classes may swap. NaN, or a label that is not the largest logit, counts as infinite.
     """
-    worst = {"cosine": 0.0, "score": 0.0}
+    cosines, scores = [], []
     for batch in images.split(batch_size):
-        values = session.run(list(OUTPUTS), {"images": batch.numpy()})
-        outputs = dict(zip(OUTPUTS, map(torch.from_numpy, values), strict=True))
-        logits = outputs["logits_yes"], outputs["logits_no"]
-        cosines = [(a - b).abs().max() / module.scale for a, b in zip(logits, module(batch), strict=False)]
-        scores = [(outputs[f"score_{name}"] - SCORES[name](*logits)).abs().max() for name in ("CTW", "ATD")]
-        at_label = logits[0].gather(1, outputs["label"][:, None]).squeeze(1)
-        scores += [] if torch.equal(at_label, logits[0].amax(dim=1)) else [torch.tensor(torch.inf)]
-        for name, differences in (("cosine", cosines), ("score", scores)):
-            worst[name] = max(worst[name], float(torch.stack(differences).nan_to_num(torch.inf, torch.inf).max()))
-    return worst
+        outputs = session.run(list(OUTPUTS), {"images": batch.numpy()})
+        *logits, label, ctw, atd, _, _ = map(torch.from_numpy, outputs)
+        cosines += [(a - b).abs().max() / module.scale for a, b in zip(logits, module(batch), strict=False)]
+        scores += [(score - SCORES[name](*logits)).abs().max() for name, score in (("CTW", ctw), ("ATD", atd))]
+        if not torch.equal(logits[0].gather(1, label[:, None]).squeeze(1), logits[0].amax(dim=1)):
+            scores.append(torch.tensor(torch.inf))
+    worst = {"cosine": cosines, "score": scores}
+    return {name: float(torch.stack(values).nan_to_num(torch.inf, torch.inf).max()) for name, values in worst.items()}
 
 
 def _to_program(module: OnnxModel, example: Tensor) -> torch.onnx.ONNXProgram:
@@ -122,17 +123,6 @@ def _to_program(module: OnnxModel, example: Tensor) -> torch.onnx.ONNXProgram:
         )
     except RuntimeError as error:
         raise ValueError(f"torch cannot export this image tower: {str(error).strip().splitlines()[0]}") from error
-
-
-def _metadata(detector: Detector) -> dict[str, str]:
-    """What a user of the file needs besides the model, as JSON texts."""
-    entries = {
-        "class_names": detector.class_names,
-        "preprocess": detector.model.preprocess,
-        "scale": detector.scale,
-        "scores": "A higher score means in-distribution; is_ood is the threshold-free decision.",
-    }
-    return {f"clipn_{key}": json.dumps(value, ensure_ascii=False) for key, value in entries.items()}
 
 
 def _onnxruntime() -> ModuleType:

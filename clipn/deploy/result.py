@@ -1,7 +1,5 @@
 """Result: the prediction of a Detector for one image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -52,10 +50,7 @@ class Result:
 
     @property
     def is_ood(self) -> bool:
-        """Whether the image shows none of the classes.
-
-        Raises ValueError for a method that needs a threshold, if `Detector.calibrate` has set none.
-        """
+        """Whether the image shows none of the classes. Raises ValueError for a method without decision or threshold."""
         if self.says_ood is None:
             choices = " or ".join(DECISIONS)
             raise ValueError(f"{self.method} decides only by a threshold: call detector.calibrate, or choose {choices}")
@@ -67,10 +62,8 @@ class Result:
             raise ValueError(f"top({k}): expected 1 or more")
         order = self.logits_yes.argsort(descending=True, stable=True)[:k]
         probabilities, yes = self.logits_yes.softmax(dim=0)[order], p_yes(self.logits_yes, self.logits_no)[order]
-        return [
-            ClassScore(self.class_names[c], probability, p, 1 - p)
-            for c, probability, p in zip(order.tolist(), probabilities.tolist(), yes.tolist(), strict=True)
-        ]
+        numbers = zip(order.tolist(), probabilities.tolist(), yes.tolist(), strict=True)
+        return [ClassScore(self.class_names[c], probability, p, 1 - p) for c, probability, p in numbers]
 
     def __str__(self) -> str:
         label = f"none of the classes (nearest: {self.label})" if self.says_ood else self.label

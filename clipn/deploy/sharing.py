@@ -1,7 +1,5 @@
 """Share the no tower and prompts alone, with a model card; merge a shared file with its base again."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from clipn.deploy.model_card import model_card, run_facts
 from clipn.model.checkpoint import base_weights, no_weights, read_checkpoint, write_checkpoint, write_shared
-from clipn.model.clipn import load_model
 from clipn.model.hashing import base_hash, weights_hash
 from clipn.model.weights import WEIGHTS, find_weights, open_model
 from clipn.runtime.files import atomic_write
@@ -52,10 +49,7 @@ def share_weights(source: str | Path, folder: str | Path, options: ShareOptions 
     if not no_weights(state) or not base_weights(state):
         kind = "the no tower alone" if no_weights(state) else "a plain CLIP without a no tower"
         raise ValueError(f"{file}: holds {kind}; expected a whole CLIPN checkpoint")
-    architecture = content.get("architecture") or options.model_name
-    if not architecture:
-        raise ValueError(f"{file}: does not state its architecture; give its open_clip name or a JSON model config")
-    model = load_model(content, str(file), architecture)
+    model = open_model(file, options.model_name)
     shared = _cast(no_weights(model.published_state()), options.dtype, file)
     facts = _base_names(content, options) | {
         "base_sha256": base_hash(model.published_state()),
@@ -101,23 +95,21 @@ def merge_weights(source: str | Path, path: str | Path, base: str | Path | None 
 
 
 def _cast(state: dict[str, Tensor], dtype: str, source: Path) -> dict[str, Tensor]:
-    cast = {
-        key: value.to(getattr(torch, dtype)) if value.is_floating_point() else value for key, value in state.items()
-    }
-    overflowed = [key for key, value in cast.items() if not value.isfinite().all()]
-    if overflowed:
-        raise ValueError(f"{source}: {overflowed[0]} is too large for {dtype}; share it as float32")
+    cast = {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
+    for key, value in cast.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{source}: {key} is too large for {dtype}; share it as float32")
     return cast
 
 
 def _base_names(content: dict[str, Any], options: ShareOptions) -> dict[str, str | None]:
     """open_clip's name and tag of the base, each None if it is not open_clip's."""
     settings = (content.get("config") or {}).get("model") or {}
-    name, tag = options.model_name or settings.get("name") or content.get("model_name"), options.tag
+    name = options.model_name or settings.get("name") or content.get("model_name")
     is_open_clip = name in open_clip.list_models() or str(name).startswith("hf-hub:")
     tags = open_clip.list_pretrained_tags_by_model(name) if is_open_clip else []
-    if tag and tag not in tags:
-        raise ValueError(f"tag={tag!r}: not open_clip's of {name!r}; its tags are: {', '.join(tags) or 'none'}")
-    candidates = [tag, settings.get("pretrained"), content.get("pretrained")]
+    if options.tag and options.tag not in tags:
+        raise ValueError(f"tag={options.tag!r}: not open_clip's of {name!r}; its tags are: {', '.join(tags) or 'none'}")
+    candidates = [options.tag, settings.get("pretrained"), content.get("pretrained")]
     pretrained = next((candidate for candidate in candidates if candidate in tags), None)
     return {"model_name": name if is_open_clip else None, "pretrained": pretrained}
