@@ -1,7 +1,5 @@
 """`clipn demo`: serve a page in the browser to try a model on images. No image leaves this machine."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os
@@ -49,10 +47,8 @@ def run_demo(
 ) -> None:
     """Serve the page until Ctrl-C, whose KeyboardInterrupt is passed on.
 
-    checkpoint: by default that of the built-in run.
-    class_names: the initial class names, by default those that the run of the checkpoint was evaluated on.
-    port: None is 7860, or the next free one.
-    detector_options: as in `Detector.from_pretrained`.
+    checkpoint: by default that of the built-in run; class_names: by default those that its run was evaluated on.
+    port: as in `free_port`; detector_options: as in `Detector.from_pretrained`.
 
     Raises ValueError, FileNotFoundError or OSError in one line for a missing or unsuitable file, option or port.
     """
@@ -66,8 +62,7 @@ def run_demo(
             raise FileNotFoundError(f"{checkpoint}: no built-in run in this folder; {how}")
     run_names, image_sets, world = _read_run(checkpoint)
     class_names = run_names if class_names is None else class_names
-    # A detector needs at least one class, the text box may be empty.
-    detector = Detector.from_pretrained(checkpoint, class_names or ["anything"], **detector_options)
+    detector = Detector.from_pretrained(checkpoint, class_names or ["anything"], **detector_options)  # at least one
     examples = {_TITLES.get(s.name, s.name): s.paths[:: -(-len(s) // _EXAMPLES)] for s in image_sets}
     with _upload_folder():
         demo = page.build_page(detector, examples, class_names, _TOY_NOTE if world == "toy" else "")
@@ -82,7 +77,7 @@ def run_demo(
 
 
 def free_port(host: str, port: int | None = None) -> int:
-    """Return the port if it is free; for None the first free one from 7860 on, for 0 any.
+    """The port if it is free; for None the first free one from 7860 on, for 0 any.
 
     Raises ValueError or OSError in one line for an impossible or taken port, and for a host that is not this machine.
     """
@@ -102,7 +97,6 @@ def free_port(host: str, port: int | None = None) -> int:
 
 
 def _check_gradio() -> None:
-    """Raise ValueError in one line unless Gradio can be imported."""
     how = 'pip install "clipn-ood[demo]"'
     try:
         import gradio  # noqa: F401
@@ -116,23 +110,22 @@ def _check_gradio() -> None:
 @contextmanager
 def _upload_folder() -> Iterator[None]:
     """Have Gradio store uploads in a folder that only this user can read, and delete it at the end."""
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    with tempfile.TemporaryDirectory(prefix="clipn-demo-", dir=before, ignore_cleanup_errors=True) as folder:
+    before = os.environ.get("GRADIO_TEMP_DIR", "")  # empty: Gradio's and tempfile's default
+    with tempfile.TemporaryDirectory(prefix="clipn-demo-", dir=before or None, ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             yield
         finally:
-            os.environ.pop("GRADIO_TEMP_DIR")
-            os.environ.update({"GRADIO_TEMP_DIR": before} if before else {})
+            os.environ["GRADIO_TEMP_DIR"] = before
 
 
 def _read_run(checkpoint: str) -> tuple[list[str], list[ImageSet], str | None]:
-    """Return the class names, the image sets and the built-in world that the run of a checkpoint was evaluated on."""
+    """The class names, the image sets and the built-in world that the run of a checkpoint was evaluated on."""
     class_names, image_sets, world = [], [], None
     file = find_weights(checkpoint)
     run = file.parent.parent if file else Path()
     if file is None or file.parent != checkpoint_folder(run) or not (run / "config.yaml").is_file():
-        return class_names, image_sets, world
+        return [], [], None
     try:  # the weights work without the evaluation
         config = load_config(run / "config.yaml")
         world = config.world.name

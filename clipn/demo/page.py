@@ -1,7 +1,5 @@
 """The page of `clipn demo`. This is the only module that imports Gradio, an optional dependency."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -40,17 +38,14 @@ _HOW = (
     "the image shows that class at all. With ATD each class keeps p_class × p_yes, and “unknown” has the rest: the "
     "bars. **Scores**: higher means more like your classes."
 )
+_NO_CLASSES = "Name at least one class to classify images."
+_NO_IMAGES = "No images yet: drop some above, or choose examples."
 _METHODS = [("ATD: class or “unknown”", "ATD"), ("CTW: yes or no", "CTW")]
 _METHODS += [(f"{name}: a score only", name) for name in SCORES if name not in DECISIONS]
 
 
 def build_page(detector: Detector, examples: dict[str, list[Path]], class_names: Sequence[str], note: str) -> gr.Blocks:
-    """Return the page.
-
-    examples: sets of images to choose from, by title; each image is named after its folder.
-    class_names: the initial content of the text box.
-    note: shown above everything else.
-    """
+    """The page. examples: sets of images to choose from, by title; class_names: the initial content of the text box."""
     # Gradio checks every hour (3600 s) and deletes uploads after a day.
     with gr.Blocks(title="CLIPN", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
         gr.Markdown("\n\n".join(["# Which class, or none of them?", _ABOUT, f"> {_escape(note)}" if note else ""]))
@@ -60,8 +55,8 @@ def build_page(detector: Detector, examples: dict[str, list[Path]], class_names:
             with gr.Column(scale=4, min_width=320):
                 images = _image_choice(examples)
                 classes = gr.State(list(class_names))
-                events = [names.blur, names.submit, button.click]
-                gr.on(events, parse_class_names, names, classes, api_visibility="private")
+                changed = [names.blur, names.submit, button.click]
+                gr.on(changed, parse_class_names, names, classes, api_visibility="private")
 
                 @gr.render([images, classes, method])  # also when the page is opened
                 def show(images: list[tuple[str, Path]], classes: list[str], method: str) -> None:
@@ -107,7 +102,7 @@ def _questions(class_names: Sequence[str], method: str) -> tuple[gr.Textbox, gr.
 
 
 def _image_choice(examples: dict[str, list[Path]]) -> gr.State:
-    """Return the chosen images as (name, path): uploads, or one set of examples, named after their folders."""
+    """The chosen images as (name, path): uploads, or one set of examples, each named after its folder."""
     images = gr.State([])
     files = gr.File(file_count="multiple", label="Images", height=140)
 
@@ -121,28 +116,24 @@ def _image_choice(examples: dict[str, list[Path]]) -> gr.State:
         def choose(number: int) -> tuple[list[tuple[str, Path]], None]:
             return [(f"example: {printable(path.parent.name).replace('_', ' ')}", path) for path in sets[number]], None
 
-        choice = gr.Dataset(
-            components=["textbox"], samples=[[title] for title in examples], type="index", label="Examples"
-        )
+        titles = [[title] for title in examples]
+        choice = gr.Dataset(components=["textbox"], samples=titles, type="index", label="Examples")
         choice.click(choose, choice, [images, files], api_visibility="private")
     return images
 
 
-def _show_results(
-    detector: Detector, images: list[tuple[str, Path]], classes: list[str], method: str
-) -> gr.Markdown | None:
-    if not classes:
-        return gr.Markdown("Name at least one class to classify images.")
-    if not images:
-        return gr.Markdown("No images yet: drop some above, or choose examples.")
+def _show_results(detector: Detector, images: list[tuple[str, Path]], classes: list[str], method: str) -> None:
+    if not classes or not images:
+        gr.Markdown(_NO_IMAGES if classes else _NO_CLASSES)
+        return
     results = detector.with_classes(classes, method=method).predict([path for _, path in images], on_error="return")
     gr.Markdown(summary(results))
     for (name, path), result in zip(images, results, strict=True):
         if isinstance(result, Result):
             _show_result(name, path, result)
-        else:  # without the path, which names a folder of the server
-            with gr.Row(variant="panel", elem_classes="card"):
-                _text("not readable", str(result).replace(f"{path}: ", ""), name)
+            continue
+        with gr.Row(variant="panel", elem_classes="card"):  # without the path, which names a folder of the server
+            _text("not readable", str(result).replace(f"{path}: ", ""), name)
 
 
 def _show_result(name: str, path: Path, result: Result) -> None:
@@ -165,11 +156,9 @@ def _show_result(name: str, path: Path, result: Result) -> None:
                 wrap=True,
             )
             rest = f"and {count - len(entries)} less likely\n\n" if count > len(entries) else ""
-            scores = [
-                f"**{key} {score:.4g}**" if key == result.method else f"{key} {score:.4g}"
-                for key, score in result.scores.items()
-            ]
-            gr.Markdown(f"{rest}Scores (higher: in-distribution): {' · '.join(scores)}")
+            scores = {key: f"{key} {score:.4g}" for key, score in result.scores.items()}
+            scores[result.method] = f"**{scores[result.method]}**"
+            gr.Markdown(f"{rest}Scores (higher: in-distribution): {' · '.join(scores.values())}")
 
 
 def _text(title: str, reason: str, name: str) -> None:
@@ -177,7 +166,7 @@ def _text(title: str, reason: str, name: str) -> None:
 
 
 def _escape(text: str) -> str:
-    """Return Markdown that shows the text as it is."""
+    """Markdown that shows the text as it is."""
     return "".join(letter if letter.isalnum() or letter == " " else f"&#{ord(letter)};" for letter in text)
 
 

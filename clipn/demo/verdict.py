@@ -1,7 +1,5 @@
 """The text of the demo page about each image, without any user interface."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 
@@ -11,30 +9,39 @@ UNKNOWN = "“unknown”"  # in quotes, so that it differs from a class of this 
 
 
 def parse_class_names(text: str) -> list[str]:
-    """Return the class names of a text box: one per line or separated by commas, without duplicates."""
+    """The class names of a text box: one per line or separated by commas, without duplicates."""
     return list(dict.fromkeys(" ".join(name.split()) for name in re.split(r"[,\n]", text or "") if name.strip()))
 
 
 def verdict(result: Result) -> tuple[str, str]:
-    """Return the verdict in plain words and one sentence that gives the reason."""
+    """The verdict in plain words, and one sentence that gives the reason."""
     if result.says_ood is None:
         return f"most like: {result.label}", f"{result.method} gives a score, not a verdict; ATD and CTW decide."
-    return f"none of these (nearest: {result.label})" if result.says_ood else result.label, _reason(result)
+    title = f"none of these (nearest: {result.label})" if result.says_ood else result.label
+    if result.method == "CTW":
+        wins = "“no” wins over “yes”" if result.says_ood else "“yes” wins over “no”"
+        larger, smaller = sorted((result.p_yes, result.p_no), reverse=True)
+        return title, f"For the likeliest class, {result.label}, {wins}: {larger:.1%} to {smaller:.1%}."
+    best = max(result.top(len(result.class_names)), key=lambda entry: entry.probability * entry.p_yes)
+    kept, unknown = f"{best.probability * best.p_yes:.1%}", f"{UNKNOWN} has {1 - result.scores['ATD']:.1%}"
+    product = f"{best.probability:.1%} × yes {best.p_yes:.1%}"
+    if result.says_ood:
+        return title, f"{unknown}; no class keeps more than {kept} ({best.label}: {product})."
+    return title, f"{best.label} keeps {kept} ({product}); {unknown}."
 
 
 def class_shares(result: Result, k: int) -> dict[str, float]:
-    """Return the k largest class probabilities. For ATD each is multiplied by p_yes, and "unknown" has the rest."""
+    """The k largest class probabilities. For ATD each is multiplied by p_yes, and "unknown" has the rest."""
     classes = result.top(len(result.class_names))
     if result.method != "ATD":
         return {entry.label: entry.probability for entry in classes[:k]}
     kept = {entry.label: entry.probability * entry.p_yes for entry in classes}
-    return {label: kept[label] for label in sorted(kept, key=kept.get, reverse=True)[:k]} | {
-        UNKNOWN: 1 - result.scores["ATD"]
-    }
+    largest = sorted(kept, key=kept.get, reverse=True)[:k]
+    return {label: kept[label] for label in largest} | {UNKNOWN: 1 - result.scores["ATD"]}
 
 
 def summary(results: Sequence[Result | Exception]) -> str:
-    """Return how many images there are of each kind of verdict."""
+    """How many images there are of each kind of verdict."""
     decisions = [result.says_ood for result in results if isinstance(result, Result)]
     counts = {
         "of your classes": decisions.count(False),
@@ -44,16 +51,3 @@ def summary(results: Sequence[Result | Exception]) -> str:
     }
     images = "1 image" if len(results) == 1 else f"{len(results)} images"
     return f"{images}: {', '.join(f'{count} {kind}' for kind, count in counts.items() if count)}"
-
-
-def _reason(result: Result) -> str:
-    if result.method == "CTW":
-        wins = "“no” wins over “yes”" if result.says_ood else "“yes” wins over “no”"
-        larger, smaller = sorted((result.p_yes, result.p_no), reverse=True)
-        return f"For the likeliest class, {result.label}, {wins}: {larger:.1%} to {smaller:.1%}."
-    best = max(result.top(len(result.class_names)), key=lambda entry: entry.probability * entry.p_yes)
-    kept, unknown = f"{best.probability * best.p_yes:.1%}", f"{UNKNOWN} has {1 - result.scores['ATD']:.1%}"
-    product = f"{best.probability:.1%} × yes {best.p_yes:.1%}"
-    if result.says_ood:
-        return f"{unknown}; no class keeps more than {kept} ({best.label}: {product})."
-    return f"{best.label} keeps {kept} ({product}); {unknown}."
