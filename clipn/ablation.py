@@ -18,7 +18,7 @@ from clipn.config.loading import base_config, load_config, to_dict
 from clipn.evaluation.evaluate import check_evaluation
 from clipn.model.checkpoint import last_checkpoint
 from clipn.pipeline import each_seed, evaluate_all, train_one
-from clipn.report.write import ablation_table
+from clipn.report.tables import ablations_table, markdown
 from clipn.runtime.console import start_log
 from clipn.runtime.distributed import choose_device, is_main, process_group
 from clipn.toy.world import make_world
@@ -50,8 +50,9 @@ def run_ablation(path: str, words: list[str]) -> None:
         if is_main():
             table = pd.concat(results, ignore_index=True)
             table.to_csv(f"{folder}.csv", index=False)
-            Path(f"{folder}.md").write_text(ablation_table(table), encoding="utf-8")
-            print(ablation_table(table))
+            text = markdown(ablations_table(table))
+            Path(f"{folder}.md").write_text(text, encoding="utf-8")
+            print(text)
             print(f"done: table in {folder}.md, runs in {folder}/")
 
 

@@ -12,8 +12,8 @@ from helpers import set_scores, write_images
 from clipn.data.image_sets import open_image_set
 from clipn.evaluation.results import Evaluation, join
 from clipn.metrics import bootstrap_interval
-from clipn.report.tables import decisions_table, markdown, results_table
-from clipn.report.write import ablation_table, bootstrap_intervals, summary, write_report
+from clipn.report.tables import ablations_table, decisions_table, markdown, results_table
+from clipn.report.write import bootstrap_intervals, summary, write_report
 
 
 def result(ood_set, method, auroc, fpr95, seed=0) -> dict:
@@ -119,13 +119,15 @@ def test_decisions_with_the_class_required():
 
 
 def test_settings_side_by_side():
-    rows = cells(ablation_table(pd.concat([ONE_RUN.assign(setting="lr=1"), OTHER_RUN.assign(setting="lr=2")])))
+    rows = cells(
+        markdown(ablations_table(pd.concat([ONE_RUN.assign(setting="lr=1"), OTHER_RUN.assign(setting="lr=2")])))
+    )
     assert rows == [
         ["setting", "MSP AUROC", "MSP FPR95", "ATD AUROC", "ATD FPR95", "ID accuracy"],
         ["lr=1", "85.00", "37.50", "97.84", "6.25", "50.00"],
         ["lr=2", "85.00", "42.50", "92.84", "11.25", "50.00"],
     ]
-    assert cells(ablation_table(TWO_RUNS.assign(setting="both")))[1][2] == "40.00 ± 3.54"
+    assert cells(markdown(ablations_table(TWO_RUNS.assign(setting="both"))))[1][2] == "40.00 ± 3.54"
 
 
 def test_the_summary_names_the_id_set_and_its_accuracy():

@@ -3,8 +3,6 @@
 Each function returns a matplotlib Figure without pyplot, so that the caller's backend stays as it is.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,11 +32,14 @@ def draw_histograms(scores: Scores) -> Figure:
     figure, panels = _panels(scores, 4.2, 3.0)
     for method, axis in panels:
         bins = _bins(np.concatenate([by_method[method] for by_method in scores.values()]))
-        filled = {"histtype": "stepfilled", "alpha": 0.4, "color": _ID_COLOUR, "label": _label(f"{id_set} (ID)")}
-        axis.hist(scores[id_set][method], bins, weights=_shares(scores[id_set][method]), **filled)
+        styles = [
+            (id_set, {"histtype": "stepfilled", "alpha": 0.4, "color": _ID_COLOUR, "label": _label(f"{id_set} (ID)")})
+        ]
         for name, colour in _colours(ood_sets):
-            line = {"histtype": "step", "linewidth": 1.5, "color": colour, "label": _label(name)}
-            axis.hist(scores[name][method], bins, weights=_shares(scores[name][method]), **line)
+            styles.append((name, {"histtype": "step", "linewidth": 1.5, "color": colour, "label": _label(name)}))
+        for name, style in styles:
+            values = scores[name][method]
+            axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), **style)
         axis.locator_params(axis="x", nbins=5)
     figure.supxlabel("score (higher: in-distribution)", fontsize="medium")
     figure.supylabel("share of images", fontsize="medium")
@@ -133,11 +134,6 @@ def _panels(scores: Scores, width: float, height: float) -> tuple[Figure, list[t
 def _colours(ood_sets: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Each OOD set with its colour, the same in all figures."""
     return ((name, _OOD_COLOURS[number % len(_OOD_COLOURS)]) for number, name in enumerate(ood_sets))
-
-
-def _shares(values: np.ndarray) -> np.ndarray:
-    """Histogram weights that sum to 1."""
-    return np.full(len(values), 1 / len(values))
 
 
 def _add_legend(figure: Figure) -> None:

@@ -1,7 +1,5 @@
 """The images in report.html: figures, thumbnails, and which images its gallery shows."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path
@@ -17,10 +15,8 @@ _LARGEST_PNG = 1_000_000  # bytes; only figures of photos are larger
 
 def figure_uri(path: Path) -> str:
     """A figure file as a data URI, recompressed as JPEG when the PNG is large."""
-    content = path.read_bytes()
-    if len(content) > _LARGEST_PNG:
-        return _data_uri(_encoded(open_image(path), "jpeg"), "jpeg")
-    return _data_uri(content, "png")
+    large = path.stat().st_size > _LARGEST_PNG
+    return _data_uri(_encoded(open_image(path), "jpeg"), "jpeg") if large else _data_uri(path.read_bytes(), "png")
 
 
 def worst_mistakes(scores: np.ndarray, is_id: bool) -> list[int]:

@@ -1,28 +1,23 @@
 """Results that others published, read from published.yaml for the image sets that were measured here."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
-Pair = tuple[float, float]  # AUROC and FPR95 in percent
 
-
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """One method's row of a published table, and its source."""
 
     method: str
     source: str  # method, model, where the row was read, note
     url: str
-    results: dict[str, Pair]  # by the measured OOD set's name
-    average: Pair
+    results: dict[str, tuple[float, float]]  # AUROC and FPR95 in percent, by the measured OOD set's name
+    average: tuple[float, float]
 
 
 def published_for(id_set: str, ood_sets: Sequence[str]) -> list[Published]:

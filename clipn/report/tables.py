@@ -4,8 +4,6 @@ A table is a DataFrame of strings. Its columns have a group and a name, such as 
 ("", "method"), holds the row headings.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -30,7 +28,6 @@ _PUBLISHED_LABEL = r"\emph{Reported by others, not measured here}"
 
 def results_table(results: pd.DataFrame, metrics: Sequence[str] = METRICS, accuracy: bool = False) -> pd.DataFrame:
     """The main table: per method the metrics of each OOD set and their averages, optionally the ID accuracy."""
-    results = results.assign(run=run_number(results))
     parts = [(name, rows, metrics) for name, rows in [*results.groupby("ood_set", sort=False), ("average", results)]]
     return _table("method", parts + [("ID", results, ["id_accuracy"])] * accuracy)
 
@@ -40,7 +37,6 @@ def decisions_table(decisions: pd.DataFrame) -> pd.DataFrame:
 
     The (C+1)-way accuracy also requires the right class of an ID image. It is left out where labels are missing.
     """
-    decisions = decisions.assign(run=run_number(decisions))
     detected = [(name, rows, ["ood_found"]) for name, rows in decisions.groupby("ood_set", sort=False)]
     has_open_accuracy = "open_accuracy" in decisions and decisions["open_accuracy"].notna().all()
     accuracies = ["accuracy", "open_accuracy"] if has_open_accuracy else ["accuracy"]
@@ -49,15 +45,14 @@ def decisions_table(decisions: pd.DataFrame) -> pd.DataFrame:
 
 def ablations_table(results: pd.DataFrame) -> pd.DataFrame:
     """Per `setting`: each method's metrics averaged over the OOD sets, and the ID accuracy."""
-    results = results.assign(run=run_number(results))
     parts = [(name, rows, METRICS) for name, rows in results.groupby("method", sort=False)]
     return _table("setting", [*parts, ("ID", results, ["id_accuracy"])])
 
 
 def intervals_table(intervals: pd.DataFrame) -> pd.DataFrame:
     """Per method: the lower and upper limit, in percent, of each OOD set and metric."""
-    limits = zip(intervals["low"], intervals["high"], strict=True)
-    texts = intervals.assign(text=[f"{100 * low:.2f} – {100 * high:.2f}" for low, high in limits])
+    limits = 100 * intervals[["low", "high"]].to_numpy()
+    texts = intervals.assign(text=[f"{low:.2f} – {high:.2f}" for low, high in limits])
     columns = pd.MultiIndex.from_frame(texts[["ood_set", "metric"]].drop_duplicates())
     table = texts.pivot(index="method", columns=["ood_set", "metric"], values="text")
     return table.reindex(texts["method"].unique(), columns=columns).reset_index(col_level=1, names="method")
@@ -110,17 +105,14 @@ def latex_table(
     ends = itertools.accumulate(count for _, count in column_groups(table))
     rules = [rf"\cmidrule(lr){{{start + 1}-{end}}}" for start, end in itertools.pairwise(ends)]
     lines.insert(lines.index(r"\toprule") + 2, " ".join(rules))
-    return "\n".join(
-        [
-            "% Requires booktabs, graphicx and url.",
-            rf"\begin{{table*}}\centering\caption{{{latex_text(caption)}}}",
-            r"\resizebox{\textwidth}{!}{%",
-            "\n".join(lines) + "}",
-            *(rf"\par\smallskip\footnotesize {latex_text(text)}, \url{{{url}}}" for text, url in sources),
-            r"\end{table*}",
-            "",
-        ]
-    )
+    head = [
+        "% Requires booktabs, graphicx and url.",
+        rf"\begin{{table*}}\centering\caption{{{latex_text(caption)}}}",
+        r"\resizebox{\textwidth}{!}{%",
+    ]
+    lines[-1] += "}"
+    notes = [rf"\par\smallskip\footnotesize {latex_text(text)}, \url{{{url}}}" for text, url in sources]
+    return "\n".join([*head, *lines, *notes, r"\end{table*}", ""])
 
 
 def run_number(rows: pd.DataFrame) -> pd.Series:
@@ -146,7 +138,7 @@ def _table(heading: str, parts: Sequence[tuple[str, pd.DataFrame, Sequence[str]]
     """
     columns = []
     for _, rows, keys in parts:
-        runs = rows.groupby([heading, "run"], sort=False)[list(keys)].mean()
+        runs = rows.assign(run=run_number(rows)).groupby([heading, "run"], sort=False)[list(keys)].mean()
         columns.append(runs.groupby(heading, sort=False).agg(percent).rename(columns=_COLUMN_NAMES))
     table = pd.concat(columns, axis=1, keys=[group for group, *_ in parts])
     return table.fillna("–").reset_index(col_level=1, names=heading)

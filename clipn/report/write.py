@@ -1,7 +1,5 @@
 """The files of a report: tables (results.csv, .md, .tex), figures, and report.html, which contains all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +23,8 @@ _TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters |= {"markdown": tables.markdown, "column_groups": tables.column_groups, "printable": printable}
-_TEMPLATES.filters |= {"thumbnail_uri": thumbnail_uri, "worst_mistakes": worst_mistakes}
+for _filter in (tables.markdown, tables.column_groups, printable, thumbnail_uri, worst_mistakes):
+    _TEMPLATES.filters[_filter.__name__] = _filter
 
 
 class Block(NamedTuple):
@@ -41,8 +39,7 @@ class Block(NamedTuple):
 def write_report(folder: Path, evaluation: Evaluation, bootstrap: int = 0) -> None:
     """Write results.csv, .md and .tex, decisions.csv, figures/ and report.html into a run's folder.
 
-    bootstrap: the number of bootstrap draws for confidence intervals (a table of their own, and intervals.csv);
-    0 leaves them out.
+    bootstrap: the number of bootstrap draws for confidence intervals (a table and intervals.csv); 0 leaves them out.
     """
     results, decisions, set_scores = evaluation.results, evaluation.decisions, evaluation.set_scores
     several_checkpoints = bool(tables.run_number(results).any())
@@ -72,8 +69,7 @@ def write_report(folder: Path, evaluation: Evaluation, bootstrap: int = 0) -> No
     }
     for name, (_, figure) in figures.items():
         save_figure(figure, folder / f"figures/{name}.png")
-    methods = list(results["method"].unique())
-    method = "ATD" if "ATD" in methods else methods[-1]
+    method = "ATD" if "ATD" in set(results["method"]) else results["method"].iloc[-1]
     id_set, *ood_sets = set_scores.values()
     _write(
         folder / "report.html",
@@ -101,11 +97,6 @@ def bootstrap_intervals(set_scores: dict[str, SetScores], draws: int, seed: int 
     return pd.DataFrame(rows, columns=["id_set", "ood_set", "method", "metric", "low", "high"])
 
 
-def ablation_table(results: pd.DataFrame) -> str:
-    """Markdown: per `setting` each method's averages over the OOD sets, and the ID accuracy, in percent."""
-    return tables.markdown(tables.ablations_table(results))
-
-
 def summary(results: pd.DataFrame) -> str:
     """The title and the main table, for a terminal."""
     return f"{_title(results)}\n\n{tables.markdown(tables.results_table(results))}"
@@ -128,10 +119,9 @@ def _published_block(published: list[Published]) -> list[Block]:
 
 
 def _decisions_block(decisions: pd.DataFrame) -> Block:
-    text, table = "Threshold-free decisions, in percent of the images.", tables.decisions_table(decisions)
-    if table.columns[-1][1].startswith("(C+1)"):
-        text += " (C+1)-way: an ID image also needs its right class."
-    return Block("Decisions", text, table)
+    table = tables.decisions_table(decisions)
+    open_set = " (C+1)-way: an ID image also needs its right class." * table.columns[-1][1].startswith("(C+1)")
+    return Block("Decisions", f"Threshold-free decisions, in percent of the images.{open_set}", table)
 
 
 def _left_out_block(image_sets: list[ImageSet]) -> list[Block]:
@@ -144,12 +134,9 @@ def _left_out_block(image_sets: list[ImageSet]) -> list[Block]:
 def _latex(results: pd.DataFrame, published: list[Published]) -> str:
     """The measured results in the papers' columns, and the published ones below them."""
     options = {"metrics": tables.PAPER_METRICS, "accuracy": bool(results["id_accuracy"].notna().all())}
-    return tables.latex_table(
-        tables.results_table(results, **options),
-        _title(results),
-        tables.published_table(published, list(results["ood_set"].unique()), **options),
-        [(row.source, row.url) for row in published],
-    )
+    measured, sources = tables.results_table(results, **options), [(row.source, row.url) for row in published]
+    others = tables.published_table(published, list(results["ood_set"].unique()), **options)
+    return tables.latex_table(measured, _title(results), others, sources)
 
 
 def _write(path: Path, **values: object) -> None:
