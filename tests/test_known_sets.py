@@ -92,7 +92,7 @@ def test_a_flat_set_opens_at_any_depth(small, tmp_path):
         (WHOLE[:3], "found 3 images in 2 class folders"),
         ((*WHOLE, "b/3.png"), "found 5 images in 2 class folders"),
         (("a/1.png", "a/2.png", "a/3.png", "a/4.png"), "found 4 images in 1 class folders"),
-        (("1.png", "2.png", "3.png", "4.png"), "the 4 images in .* are not sorted into class folders"),
+        (("1.png", "2.png", "3.png", "4.png"), "4 images in .* are not sorted into class folders"),
         ((), "no image in"),
         (None, "no such folder"),
     ],

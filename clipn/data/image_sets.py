@@ -1,7 +1,5 @@
 """Image sets: a folder of class folders, or a flat folder, as a named list of files with labels."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -36,12 +34,12 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def without(self, numbers: Sequence[int]) -> ImageSet:
+    def without(self, numbers: Sequence[int]) -> "ImageSet":
         """The set without these unreadable images, which are then in `left_out`."""
-        unreadable = set(numbers)
-        kept = [number for number in range(len(self)) if number not in unreadable]
+        kept = sorted(set(range(len(self))) - set(numbers))
         paths, labels = [self.paths[number] for number in kept], [self.labels[number] for number in kept if self.labels]
-        return replace(self, paths=paths, labels=labels, left_out=[self.paths[number] for number in sorted(unreadable)])
+        left_out = [self.paths[number] for number in sorted(set(numbers))]
+        return replace(self, paths=paths, labels=labels, left_out=left_out)
 
 
 def open_image_set(
@@ -49,8 +47,7 @@ def open_image_set(
 ) -> ImageSet:
     """The images of a folder. `classes` keeps only these class folders, `exclude` drops some.
 
-    Raises FileNotFoundError for a missing folder; ValueError for one without images, an empty class folder or an
-    unknown class.
+    Raises FileNotFoundError for a missing folder; ValueError for a class without images or an unknown class.
     """
     root = Path(root)
     if not root.is_dir():
@@ -58,9 +55,8 @@ def open_image_set(
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for folder in [*(classes or ()), *exclude]:
         if folder not in folders:
-            raise ValueError(
-                f"image set {name!r}: {root} has no class folder {folder!r}; it has: {_shortened(folders)}"
-            )
+            choices = _shortened(folders)
+            raise ValueError(f"image set {name!r}: {root} has no class folder {folder!r}; it has: {choices}")
     flat = any(_is_image(entry.name) for entry in root.iterdir())
     if flat and (classes or exclude):
         raise ValueError(f"image set {name!r}: {root} has images beside its class folders, so none can be chosen")
@@ -85,18 +81,12 @@ def open_image_set(
 def open_known_set(
     name: str, known: str, root: str | Path, classes: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> ImageSet:
-    """`open_image_set` for one of `known_sets.KNOWN_SETS`, which must be complete.
-
-    Raises FileNotFoundError for a missing folder, ValueError for other numbers of images or class folders than were
-    published; both name the expected tree and its source.
-    """
+    """`open_image_set` for one of KNOWN_SETS. An incomplete one is an error that names the expected tree."""
     published = known_set(known)
     try:
         images = open_image_set(name, root)
         if published.classes and not images.classes:
-            raise ValueError(
-                f"image set {name!r}: the {len(images)} images in {root} are not sorted into class folders"
-            )
+            raise ValueError(f"image set {name!r}: {len(images)} images in {root} are not sorted into class folders")
         if published.subset:
             images = open_image_set(name, root, published.subset)
         folders = len(images.classes) if published.classes else None
@@ -104,8 +94,7 @@ def open_known_set(
             where = f" in {folders} class folders" if folders else ""
             raise ValueError(f"image set {name!r}: found {len(images)} images{where} in {root}")
     except (FileNotFoundError, ValueError) as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{error}; {expected_tree(known, root)}") from error
+        raise type(error)(f"{error}; {expected_tree(known, root)}") from error
     if classes is None and not exclude:
         return images
     return open_image_set(name, root, images.classes if classes is None else classes, exclude)
@@ -115,10 +104,9 @@ def open_image_sets(value: Any, key: str) -> list[ImageSet]:
     """The image sets of eval.id or eval.ood.
 
     value: a folder, a list of folders, {name: folder}, or {name: {path, known, classes, exclude}}; without a name, a
-    set has that of its folder. Raises ValueError for anything else, and as `open_image_set` and `open_known_set` do.
+    set has that of its folder. Raises ValueError for anything else.
     """
-    if isinstance(value, str):
-        value = [value]
+    value = [value] if isinstance(value, str) else value
     if isinstance(value, (list, tuple)) and value and all(isinstance(folder, str) and folder for folder in value):
         value = dict(zip(_names_of(value, key), value, strict=True))
     if not isinstance(value, dict) or not value:
@@ -164,7 +152,6 @@ class ImageFiles(Dataset):
 
 
 def _listed(value: Any) -> list[str] | None:
-    """One name, or several, as a list."""
     return None if value is None else [value] if isinstance(value, str) else [str(name) for name in value]
 
 
@@ -179,23 +166,15 @@ def _names_of(folders: Sequence[str], key: str) -> list[str]:
 
 def find_images(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
     """The image files in and below a folder, in order, except hidden ones and those in the folder `leave_out`."""
-    seen = {_identity(leave_out)} if leave_out and leave_out.exists() else set()
+    seen = {os.path.realpath(leave_out)} if leave_out else set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        identity = _identity(parent)
-        if identity in seen:
+        if os.path.realpath(parent) in seen:
             folders.clear()  # a link back
             continue
-        seen.add(identity)
+        seen.add(os.path.realpath(parent))
         visible = [name for name in folders if not name.startswith(".")]
         folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(parent, name)), name))  # links last
-        for name in sorted(names):
-            if _is_image(name):
-                yield Path(parent) / name
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+        yield from (Path(parent) / name for name in sorted(names) if _is_image(name))
 
 
 def _is_image(name: str) -> bool:

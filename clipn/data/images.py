@@ -1,7 +1,5 @@
 """Images: from bytes, files, arrays and tensors to RGB images, and to the tensors of a model."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +15,7 @@ from torchvision import transforms
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-_MAX_ASPECT_RATIO = 1000
+_MAX_ASPECT_RATIO = 1000  # beyond it, resizing the short side would fill the memory
 
 Transform = Callable[[Image.Image], Tensor]
 AnyImage = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | Tensor  # what `to_image` takes
@@ -34,19 +32,13 @@ class Augmentation:
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:
-    """The RGB image of a file or a file's bytes: its first frame, as by `to_rgb`.
-
-    Raises OSError, ValueError or PIL's DecompressionBombError for an unreadable image.
-    """
+    """The RGB image of a file or a file's bytes. Raises OSError, ValueError or DecompressionBombError."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, 8 bits a channel, rotated as its EXIF data says.
-
-    Raises ValueError for an image without pixels, or so narrow that resizing its short side would fill the memory.
-    """
+    """The image in RGB, 8 bits a channel, rotated as its EXIF data says. Raises ValueError for an empty or thin one."""
     if min(image.size) < 1 or max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
         limit = f"{_MAX_ASPECT_RATIO} times as long as wide"
         raise ValueError(f"{image.width} x {image.height} pixels: empty, or more than {limit}")
@@ -66,7 +58,7 @@ def to_image(image: AnyImage) -> Image.Image | Tensor:
 
     Paths, a file's bytes and open files are decoded. Arrays are [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], of 0..255 in
     uint8 or 0..1 in floats. Tensors are pixels [1 or 3, H, W] in uint8, or outputs of `val_transform` in floats. URLs
-    are refused. Raises ValueError or FileNotFoundError, in one line, for an unreadable image.
+    are refused. Raises ValueError or FileNotFoundError for an unreadable image.
     """
     if isinstance(image, Tensor):
         return _from_tensor(image) if image.dtype == torch.uint8 else image
@@ -75,10 +67,11 @@ def to_image(image: AnyImage) -> Image.Image | Tensor:
     if isinstance(image, str) and "://" in image:
         raise ValueError(f"{image}: URLs are not downloaded; pass the path or bytes of a local file")
     if isinstance(image, (str, Path)):
-        path, name = Path(image), str(image)
-        if not path.is_file():  # a pipe or a device may never end
-            kind = ValueError if path.exists() else FileNotFoundError
-            raise kind(f"{name}: {'not a file' if path.exists() else 'no such file'}")
+        name = str(image)
+        if not Path(image).exists():
+            raise FileNotFoundError(f"{name}: no such file")
+        if not Path(image).is_file():  # a pipe or a device may never end
+            raise ValueError(f"{name}: not a file")
     elif isinstance(image, Image.Image):
         name = "PIL image"
     elif hasattr(image, "read"):

@@ -1,7 +1,5 @@
 """The image sets that papers report on, from known_sets.yaml."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,14 +3,12 @@
 Every draw (order, crop, template) depends only on (seed, epoch, pair), never on the number of ranks or workers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +51,8 @@ class TablePairs:
             raise ValueError(f"{path}: not a readable table: {str(error).strip()}") from error
         for key, column in (("image_column", image_column), ("caption_column", caption_column)):
             if column not in table.columns:
-                names = ", ".join(table.columns)
-                raise ValueError(f"{path}: no column {column!r} (data.{key}); its columns are: {names!r}")
+                columns = ", ".join(table.columns)
+                raise ValueError(f"{path}: no column {column!r} (data.{key}); its columns are: {columns!r}")
         if table.empty:
             raise ValueError(f"{path}: holds no rows")
         self.images, self.captions = table[image_column].tolist(), table[caption_column].tolist()
@@ -80,8 +78,8 @@ Pairs = ShardPairs | TablePairs
 def open_pairs(data: DataConfig) -> Pairs:
     """The pairs of data.shards.
 
-    Raises FileNotFoundError or ValueError for a pattern that matches nothing, an unreadable file, captions that are
-    not where `data` says, or shards that hold more faulty samples than data.max_bad_fraction.
+    Raises FileNotFoundError or ValueError for files that are not there or not readable, for captions that are not
+    where `data` says, and for shards with more faulty samples than data.max_bad_fraction.
     """
     paths = expand_patterns(data.shards)
     tables = [path for path in paths if name_of(path).endswith((".csv", ".tsv"))]
@@ -113,17 +111,12 @@ def check_bad_fraction(bad: int, seen: int, causes: dict[str, int], data: DataCo
     """Raise ValueError, with the counts, when more of the pairs seen are bad than data.max_bad_fraction allows."""
     if bad > data.max_bad_fraction * seen:
         counts = ", ".join(f"{count} {cause}" for cause, count in causes.items() if count)
-        raise ValueError(
-            f"data.shards={data.shards!r}: {bad} of {seen} pairs are bad ({counts}), more than "
-            f"data.max_bad_fraction={data.max_bad_fraction}; the log names them"
-        )
+        limit = f"more than data.max_bad_fraction={data.max_bad_fraction}; the log names them"
+        raise ValueError(f"data.shards={data.shards!r}: {bad} of {seen} pairs are bad ({counts}), {limit}")
 
 
 def fingerprint(pairs: Pairs) -> str:
-    """A hash that differs between data: of each pair's place in its shard and the start of each file, or of a table.
-
-    It stays the same when the files are moved.
-    """
+    """A hash of each pair's place and the start of each file, or of a table; the same when the files are moved."""
     digest = hashlib.sha256()
     for path in pairs.paths:
         digest.update(name_of(path).encode())
@@ -138,6 +131,7 @@ def fingerprint(pairs: Pairs) -> str:
     return digest.hexdigest()
 
 
+@dataclass(eq=False)
 class PairDataset(Dataset):
     """(epoch, number) -> {"image" [3, H, W], "tokens" [L], "number", "skipped" [causes]}.
 
@@ -145,17 +139,12 @@ class PairDataset(Dataset):
     cause, and "number" is the pair in the sample.
     """
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        transform: Transform,
-        tokenizer: Tokenizer,
-        templates: Sequence[str] = ("{}",),
-        negated: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.pairs, self.transform, self.tokenizer = pairs, transform, tokenizer
-        self.templates, self.negated, self.seed = list(templates), negated, seed
+    pairs: Pairs
+    transform: Transform
+    tokenizer: Tokenizer
+    templates: Sequence[str] = ("{}",)
+    negated: bool = False
+    seed: int = 0
 
     def __getitem__(self, item: tuple[int, int]) -> dict[str, torch.Tensor | int]:
         epoch, number = item
@@ -195,7 +184,8 @@ class PairDataset(Dataset):
     def _sample(self, image: Image.Image, caption: str, epoch: int, number: int) -> dict[str, torch.Tensor]:
         draws = stream("sample", self.seed, epoch, number)
         template = self.templates[draws.integers(len(self.templates))]
-        with _seeded(int(draws.integers(2**63))):
+        with torch.random.fork_rng(devices=[]):  # of torchvision's draws; torch.manual_seed would seed every device
+            torch.default_generator.manual_seed(int(draws.integers(2**63)))
             pixels = self.transform(image)
         sample = {"image": pixels, "tokens": self.tokenizer([fill(template, caption)])[0]}
         if self.negated:
@@ -206,8 +196,7 @@ class PairDataset(Dataset):
 class EpochBatches(Sampler):
     """This rank's share of every global batch, as lists of (epoch, number), from step `start` to the end.
 
-    Each epoch is a new permutation. The pairs after its last whole global batch are not used in that epoch; another
-    epoch leaves out other pairs.
+    Each epoch is a new permutation; it does not use the pairs after its last whole global batch.
     """
 
     def __init__(self, num_pairs: int, available: int, batch_size: int, epochs: int, seed: int, start: int) -> None:
@@ -229,10 +218,7 @@ class EpochBatches(Sampler):
 
 
 def epoch_batches(config: Config, available: int, start: int = 0) -> EpochBatches:
-    """The order of training on `available` pairs, from step `start` on.
-
-    Raises ValueError when data.num_pairs or train.batch_size do not fit the pairs there are, or the ranks.
-    """
+    """The order of training on `available` pairs, from step `start` on. Raises ValueError for sizes that do not fit."""
     data, train = config.data, config.train
     if train.batch_size % world_size():
         raise ValueError(f"train.batch_size={train.batch_size} cannot be shared equally by {world_size()} ranks")
@@ -256,10 +242,7 @@ def pair_dataset(config: Config, pairs: Pairs, preprocess: dict, tokenizer: Toke
 def training_loader(
     config: Config, pairs: Pairs, preprocess: dict, tokenizer: Tokenizer, start: int = 0
 ) -> tuple[DataLoader, int]:
-    """This rank's batches from step `start` to the end of training, and the number of steps in an epoch.
-
-    Raises ValueError as `epoch_batches` does.
-    """
+    """This rank's batches from step `start` to the end of training, and the number of steps in an epoch."""
     order = epoch_batches(config, len(pairs), start)
     loader = DataLoader(
         pair_dataset(config, pairs, preprocess, tokenizer, config.run.seed),
@@ -269,18 +252,6 @@ def training_loader(
         worker_init_fn=ignore_stop_signals,
     )
     return loader, order.steps_per_epoch
-
-
-@contextmanager
-def _seeded(state: int) -> Iterator[None]:
-    """Seed the CPU's default generator, from which torchvision draws, and restore it afterwards."""
-    generator = torch.default_generator
-    before = generator.get_state()
-    generator.manual_seed(state)  # torch.manual_seed would also visit every accelerator, at ten times the cost
-    try:
-        yield
-    finally:
-        generator.set_state(before)
 
 
 def _compare_sizes(pairs: ShardPairs) -> None:

@@ -3,8 +3,6 @@
 Archives are kept in ROOT/downloads. The archive of a set that needs a login has to be put there by hand.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -43,7 +41,7 @@ _TIMEOUT = 60.0  # seconds that a download may stall
 def run_prepare(names: Sequence[str], root: str | Path, mapping: str | None = None, only_list: bool = False) -> None:
     """Prepare the named sets below `root`, or print the description of each (of all, if none is named).
 
-    Raises ValueError for an unknown name, before any work, and at the end for sets that are not ready.
+    Raises ValueError before any work for an unknown name, and at the end for sets that are not ready.
     """
     root = Path(root)
     for name in names:
@@ -68,22 +66,16 @@ def describe(name: str, root: Path) -> str:
     """A set's expected tree, numbers, source and terms, in a few lines."""
     known = known_set(name)
     by_hand = f"by hand, as {root / 'downloads' / known.archive}" if known.archive else "by hand"
-    rows = {
-        "tree": f"{root / known.folder}/{known.example}",
-        "images": f"{known.images}, {known.layout}",
-        "page": known.page,
-        "file": known.url or by_hand,
-        "terms": known.terms,
-        "note": known.note,
-    }
+    rows = {"tree": f"{root / known.folder}/{known.example}", "images": f"{known.images}, {known.layout}"}
+    rows |= {"page": known.page, "file": known.url or by_hand, "terms": known.terms, "note": known.note}
     return "\n".join([f"{name}: {known.title}", *(f"  {key:7}{value}" for key, value in rows.items() if value)])
 
 
 def prepare(name: str, root: str | Path, mapping: str | Path | None = None) -> None:
     """Create the set in its folder below `root`, if it is not there, and check its numbers.
 
-    Raises FileNotFoundError for an archive or mapping that has to be put there by hand, ValueError for a file that is
-    not the published one and for an incomplete set, OSError for a download or a disk that fails.
+    Raises FileNotFoundError for a file that has to be put there by hand, ValueError for a file or a set that is not the
+    published one, OSError for a download or a disk that fails.
     """
     known, root = known_set(name), Path(root)
     folder, downloads = root / known.folder, root / "downloads"
@@ -142,10 +134,11 @@ def unpack(archive: str | Path, folder: str | Path) -> None:
         raise ValueError(f"{archive}: not a complete tar or zip file, delete it and run this again: {error}") from error
 
 
-def write_class_folders(images: Iterable[tuple[Any, int]], classes: Sequence[str], folder: str | Path) -> None:
-    """Write (image, label) pairs as folder/<class>/<number>.png."""
+def write_class_folders(images: Iterable[tuple[Any, int]], folder: Path) -> None:
+    """Write (image, label) pairs as folder/<class>/<number>.png; without classes of their own, labels are digits."""
+    classes = getattr(images, "classes", "0123456789")
     for number, (image, label) in enumerate(tqdm(images, desc=str(folder), disable=None)):
-        path = Path(folder) / classes[label] / f"{number:05d}.png"
+        path = folder / classes[label] / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
 
@@ -153,8 +146,7 @@ def write_class_folders(images: Iterable[tuple[Any, int]], classes: Sequence[str
 def read_mapping(path: str | Path) -> dict[str, str]:
     """{image name without suffix: class} from lines that hold both, in any form.
 
-    Tiny ImageNet's val_annotations.txt, Kaggle's LOC_val_solution.csv and the script valprep.sh are such files. Raises
-    FileNotFoundError for a missing file, ValueError for one without such a line.
+    Tiny ImageNet's val_annotations.txt, Kaggle's LOC_val_solution.csv and the script valprep.sh are such files.
     """
     labels = {}
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -173,9 +165,8 @@ def sort_into_classes(folder: str | Path, labels: dict[str, str]) -> None:
     """
     folder = Path(folder)
     unsorted = [path for path in open_image_set("unsorted", folder).paths if labels.get(path.stem) != path.parent.name]
-    for path in unsorted:
-        if path.stem not in labels:
-            raise ValueError(f"{path}: the mapping has no class for it, but {len(labels)} others")
+    if unknown := [path for path in unsorted if path.stem not in labels]:
+        raise ValueError(f"{unknown[0]}: the mapping has no class for it, but {len(labels)} others")
     for path in unsorted:
         target = folder / labels[path.stem] / path.name
         target.parent.mkdir(exist_ok=True)
@@ -189,14 +180,15 @@ def _create(name: str, known: KnownSet, root: Path, downloads: Path) -> None:
     staging = root / f".{name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        source = staging
         if known.archive:
             unpack(_fetch(known, downloads), staging)
-            source = staging / known.inside if (staging / known.inside).is_dir() else staging
         else:
-            images = _read_arrays(name, downloads)
-            write_class_folders(images, getattr(images, "classes", "0123456789"), staging)
+            try:
+                write_class_folders(ARRAYS[name](downloads), staging)
+            except RuntimeError as error:  # torchvision raises it for a file that is not the published one
+                raise ValueError(f"{downloads}: {error}") from error
         (root / known.folder).parent.mkdir(parents=True, exist_ok=True)
+        source = staging / known.inside if (staging / known.inside).is_dir() else staging
         os.replace(source, root / known.folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -214,21 +206,13 @@ def _fetch(known: KnownSet, downloads: Path) -> Path:
     return archive
 
 
-def _read_arrays(name: str, downloads: Path) -> Any:
-    try:
-        return ARRAYS[name](downloads)
-    except RuntimeError as error:  # torchvision raises it for a file that is not the published one
-        raise ValueError(f"{downloads}: {error}") from error
-
-
 def _imagenet_labels(downloads: Path, mapping: str | Path | None) -> dict[str, str]:
     if mapping:
         return read_mapping(mapping)
     if not (downloads / DEVKIT).is_file():
-        raise FileNotFoundError(
-            f"the images are not sorted into class folders: put {DEVKIT} in {downloads}, or name a --mapping, "
-            "a file with lines such as ILSVRC2012_val_00000293.JPEG n01440764"
-        )
+        choice = f"put {DEVKIT} in {downloads}, or name a --mapping"
+        lines = "a file with lines such as ILSVRC2012_val_00000293.JPEG n01440764"
+        raise FileNotFoundError(f"the images are not sorted into class folders: {choice}, {lines}")
     try:
         imagenet.parse_devkit_archive(downloads)
     except RuntimeError as error:

@@ -1,7 +1,5 @@
 """Texts: prompt templates, their negations, and class names."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -38,21 +36,14 @@ def clipn_release_templates() -> list[str]:
     return quoted + second
 
 
+TEMPLATE_SETS = {"clipn-release": clipn_release_templates, "openai": openai_templates, "simple": simple_templates}
+
 # The class name with its determiner, if any, and up to three words between: "a hard to see {}".
 _NOUN_PHRASE = re.compile(r"(?:\b(?:a|an|the|my|one|many)\s+)?((?:(?<=\s)(?!(?:a|an|the|of)\s)[\w-]+\s+){0,3})\{\}")
 
-TEMPLATE_SETS = {
-    "clipn-release": clipn_release_templates,
-    "openai": openai_templates,
-    "simple": simple_templates,
-}
-
 
 def negate(template: str) -> str:
-    """The negation of a template, by the rule of the published list.
-
-    "a photo of a clean {}." -> "a photo of no clean {}.", "a photo with a {}." -> "a photo without a {}.".
-    """
+    """The negation of a template by the published rule: "of a clean {}." -> "of no clean {}.", "with" -> "without"."""
     if " with " in template:
         return template.replace(" with ", " without ", 1)
     return _NOUN_PHRASE.sub(r"no \1{}", template, count=1)
@@ -74,10 +65,7 @@ def check_templates(templates: Sequence[str], source: str = "templates") -> list
 
 
 def load_templates(value: Any, source: str = "eval.templates") -> list[str]:
-    """Templates from a set's name, a text file (one per line), or a list. `source` is named in errors.
-
-    Raises ValueError or FileNotFoundError that names the value and the choices.
-    """
+    """Templates from a set's name, a text file (one per line), or a list. Raises ValueError or FileNotFoundError."""
     if not isinstance(value, (str, Path)):
         return check_templates(value, source)
     value = str(value)
@@ -103,9 +91,7 @@ def load_class_names(value: Any, folders: Sequence[str] = (), source: str = "eva
 
     value: "folders" (the folder names, underscores as spaces), "imagenet" (open_clip's 1000), a list, a .txt file
     (one per line), or a .json file or dict with a list, or with a name (or "name, synonym, ...") for each folder.
-    Without folders, the order of the dict counts.
-
-    Raises ValueError when the number of names differs from that of the folders, FileNotFoundError for a missing file.
+    Without folders, the order of the dict counts. Raises ValueError or FileNotFoundError for names that do not fit.
     """
     source = f"{source}={value!r}" if isinstance(value, str) else source
     names = value
@@ -116,34 +102,27 @@ def load_class_names(value: Any, folders: Sequence[str] = (), source: str = "eva
     elif isinstance(value, str):
         names = _read_names(Path(value), source)
     if isinstance(names, dict):
-        missing = [folder for folder in folders if folder not in names]
-        if missing:
+        if missing := [folder for folder in folders if folder not in names]:
             raise ValueError(f"{source}: no name for the class folder {missing[0]!r} ({len(missing)} in all)")
         synonyms = [names[folder] for folder in folders or names]
         names = [name.split(",")[0] if isinstance(name, str) else name for name in synonyms]
     if not isinstance(names, (list, tuple)):
         raise ValueError(f"{source}: expected a list of names, or a name for each class folder; found {names!r}")
-    wrong = [name for name in names if not isinstance(name, (str, int)) or isinstance(name, bool)]
-    if wrong:  # YAML reads no and null as other types
-        raise ValueError(f"{source}: {wrong[0]!r} is no name; put it in quotes")
+    if wrong := [name for name in names if not isinstance(name, (str, int)) or isinstance(name, bool)]:
+        raise ValueError(f"{source}: {wrong[0]!r} is no name; put it in quotes")  # YAML reads no and null otherwise
     names = [str(name).strip() for name in names]
     if not names or not all(names):
         raise ValueError(f"{source}: expected names, found {'an empty one' if names else 'none'}")
     if folders and len(names) != len(folders):
         raise ValueError(f"{source}: {len(names)} class names for {len(folders)} class folders")
-    shared = sorted(name for name, count in Counter(names).items() if count > 1)
-    if shared:  # as in ImageNet
-        log.warning(
-            "%s: several classes have the same name, so they cannot be distinguished: %s", source, ", ".join(shared)
-        )
+    if shared := sorted(name for name, count in Counter(names).items() if count > 1):  # as in ImageNet
+        message = "%s: several classes have the same name, so they cannot be distinguished: %s"
+        log.warning(message, source, ", ".join(shared))
     return names
 
 
 def class_names_of(value: str, source: str = "--classes") -> list[str]:
-    """The class names of a command-line option: a file as in `load_class_names`, imagenet, or cat,dog.
-
-    Raises ValueError or FileNotFoundError that names the value.
-    """
+    """The class names of a command-line option: a file as in `load_class_names`, imagenet, or cat,dog."""
     if value == "imagenet" or (Path(value).exists() and not Path(value).is_dir()):
         return load_class_names(value, source=source)
     if "," not in value:

@@ -1,7 +1,5 @@
 """Image-caption pairs in webdataset shards, read by random access through an index of the tar headers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -132,10 +130,9 @@ def index_shards(paths: Sequence[Location], prefer: str, index_dir: str | None =
     Raises ValueError for a file that is no tar, or when there is no pair in any shard.
     """
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(index_dir) if index_dir else cache_home / "clipn" / "shards"
     if not is_main():
         barrier()
-    scans = _cached_scans(paths, folder)
+    scans = _cached_scans(paths, Path(index_dir or cache_home / "clipn" / "shards"))
     if is_main():
         barrier()
     for path, scan in zip(paths, scans, strict=True):
@@ -144,33 +141,27 @@ def index_shards(paths: Sequence[Location], prefer: str, index_dir: str | None =
             log.warning("%s: %s; %d pairs are used", path, ", ".join(faults) or "no pair", scan.table.shape[1])
     shard = np.repeat(np.arange(len(paths), dtype=np.int32), [scan.table.shape[1] for scan in scans])
     if not len(shard):
-        raise ValueError(
-            f"no pair in {len(paths)} shards, the first of them {paths[0]}: expected members such as 0001.jpg "
-            f"({', '.join(IMAGE_KINDS)}) beside 0001.txt or 0001.json"
-        )
-    image_start, image_size, txt_start, txt_size, json_start, json_size = np.hstack([scan.table for scan in scans])
-    is_json = (json_start >= 0) if prefer == "json" else (txt_start < 0)
-    text_start = np.where(is_json, json_start, txt_start)
-    text_size = np.where(is_json, json_size, txt_size)
+        expected = f"expected members such as 0001.jpg ({', '.join(IMAGE_KINDS)}) beside 0001.txt or 0001.json"
+        raise ValueError(f"no pair in {len(paths)} shards, the first of them {paths[0]}: {expected}")
+    table = np.hstack([scan.table for scan in scans])
+    image, txt, json_ = table[:2], table[2:4], table[4:]
+    is_json = (json_[0] >= 0) if prefer == "json" else (txt[0] < 0)
     counts = np.sum([scan.faults for scan in scans], axis=0)
     faults = {fault: int(count) for fault, count in zip(FAULTS, counts, strict=True) if count}
-    return ShardIndex(shard, image_start, image_size, text_start, text_size, is_json, faults)
+    return ShardIndex(shard, *image, *np.where(is_json, json_, txt), is_json, faults)
 
 
 def _cached_scans(paths: Sequence[Location], folder: Path) -> list[Scan]:
     """Every shard's scan; shards that are not in the cache are scanned now, several at a time."""
     files = [folder / f"{_cache_key(path)}.npz" for path in paths]
-    scans = {number: scan for number, file in enumerate(files) if (scan := _load(file)) is not None}
-    missing = [number for number in range(len(paths)) if number not in scans]
-    if missing:
-        workers = min(len(missing), os.cpu_count() or 1)
-        progress = tqdm(total=len(missing), desc="indexing shards", unit="shard", disable=None if is_main() else True)
-        with progress, scan_pool(workers) as pool:
-            for number, scan in zip(missing, pool.map(scan_shard, [paths[n] for n in missing]), strict=True):
+    scans = [_load(file) for file in files]
+    if missing := [number for number, scan in enumerate(scans) if scan is None]:
+        progress = tqdm(missing, desc="indexing shards", unit="shard", disable=None if is_main() else True)
+        with scan_pool(min(len(missing), os.cpu_count() or 1)) as pool:
+            for number, scan in zip(progress, pool.map(scan_shard, [paths[n] for n in missing]), strict=True):
                 scans[number] = scan
                 _save(files[number], scan)
-                progress.update()
-    return [scans[number] for number in range(len(paths))]
+    return scans
 
 
 def _cache_key(path: Location) -> str:
@@ -195,13 +186,12 @@ def _save(file: Path, scan: Scan) -> None:
 
 
 def scan_shard(path: Location) -> Scan:
-    """Read a tar's headers. The first of duplicate keys counts; a truncated tar counts up to the break.
+    """Read a tar's headers. Raises ValueError for a file that is no tar, OSError for one that cannot be read.
 
-    Raises ValueError for a file that is no tar, OSError for one that cannot be read.
+    The first of duplicate keys counts; a truncated tar counts up to the break.
     """
-    if is_url(path):
-        return _scan(path)  # each of its reads has retries and a time limit; all together may take long
-    return with_retries(lambda: _scan(path), path)
+    # each read of a URL has retries and a time limit of its own; all together may take long
+    return _scan(path) if is_url(path) else with_retries(lambda: _scan(path), path)
 
 
 def _scan(path: Location) -> Scan:

@@ -1,10 +1,7 @@
 """Reads of files on this machine or behind a URL (https, s3, gs, ... by fsspec), with retries and a time limit."""
 
-from __future__ import annotations
-
 import errno
 import glob
-import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -14,6 +11,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 from braceexpand import braceexpand
+from fsspec.spec import AbstractBufferedFile
 
 from clipn.runtime.signals import StalledRead, end_stalled_read
 
@@ -71,37 +69,18 @@ def read_range(path: Location, start: int, size: int) -> bytes:
 
 def open_stream(path: Location, size: int) -> BinaryIO:
     """A file of `size` bytes as a stream; a URL is read in blocks, each as by `read_range`."""
-    return io.BufferedReader(_Blocks(path, size), BLOCK) if is_url(path) else open(path, "rb")
+    return _UrlStream(None, path, block_size=BLOCK, size=size) if is_url(path) else open(path, "rb")
 
 
-class _Blocks(io.RawIOBase):
-    """The raw stream behind a URL, for io.BufferedReader."""
-
-    def __init__(self, path: str, size: int) -> None:
-        self.path, self.size, self.place = path, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.place = offset + (0, self.place, self.size)[whence]
-        return self.place
-
-    def readinto(self, buffer: memoryview) -> int:
-        size = max(0, min(len(buffer), self.size - self.place))
-        buffer[:size] = read_range(self.path, self.place, size)
-        self.place += size
-        return size
+class _UrlStream(AbstractBufferedFile):
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read_range(self.path, start, end - start)
 
 
 def with_retries(read: Callable[[], T], path: Location) -> T:
     """Return read(), tried again with growing pauses when it fails and, from a URL, when it stalls.
 
-    Raises FileNotFoundError and other lasting errors at once, OSError that names `path` after the last attempt, and
-    StalledRead within seconds of a stop request.
+    Raises lasting errors at once, OSError after the last attempt, and StalledRead soon after a stop request.
     """
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -122,8 +101,7 @@ def with_retries(read: Callable[[], T], path: Location) -> T:
 def expand_patterns(patterns: str | Sequence[str]) -> list[Location]:
     """Files for brace patterns ({00000..00331}, {train,val}), globs and URLs, in order.
 
-    Raises FileNotFoundError that names the first missing file or the pattern that matches nothing, ValueError for
-    unbalanced braces and for a URL of an unknown protocol.
+    Raises FileNotFoundError for a missing file or a pattern without a match, ValueError for a malformed one.
     """
     paths: list[Location] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -132,8 +110,7 @@ def expand_patterns(patterns: str | Sequence[str]) -> list[Location]:
             continue
         try:
             for text in braceexpand(pattern, escape=False):
-                matches = _matches(text)
-                if not matches:
+                if not (matches := _matches(text)):
                     raise FileNotFoundError(f"data.shards={pattern!r}: no such file: {text}")
                 paths += matches
         except (ImportError, ValueError) as error:  # also a protocol that is unknown, or its package not installed
