@@ -57,6 +57,11 @@ def atd(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0) -> Tensor:
     return (p_yes(logits_yes, logits_no) * logits_yes.softmax(dim=1)).sum(dim=1)
 
 
+def l1(logits: Tensor) -> Tensor:
+    """Sum of the logits' distances to the smallest one [B]: the L1 score of pseudo-label probing (TMLR 2024)."""
+    return (logits - logits.amin(dim=1, keepdim=True)).sum(dim=1)
+
+
 def ctw_says_ood(logits_yes: Tensor, logits_no: Tensor) -> Tensor:
     """CTW's decision, [B] bool: p_no of the class with the highest logits_yes is above 1/2."""
     return ctw(logits_yes, logits_no) < 0.5

@@ -64,13 +64,18 @@ def write_clipn(path: Path, num_prompts=3, base_seed=0, no_seed=1, **more) -> Pa
 @pytest.fixture
 def encoded(monkeypatch):
     """The sizes of the image batches that were encoded."""
-    sizes, encode = [], CLIPN.encode_image
+    sizes = []
 
-    def counted(self, images):
-        sizes.append(len(images))
-        return encode(self, images)
+    def count(name):
+        encode = getattr(CLIPN, name)
 
-    monkeypatch.setattr(CLIPN, "encode_image", counted)
+        def counted(self, images):
+            sizes.append(len(images))
+            return encode(self, images)
+
+        monkeypatch.setattr(CLIPN, name, counted)
+
+    count("encode_image"), count("encode_image_with_tower")
     return sizes
 
 

@@ -16,7 +16,7 @@ from clipn.methods.registry import METHODS, MethodInputs
 from clipn.model.head import Head
 
 CLASSES, WIDTH, SCALE = 4, 12, 20.0
-NAMES = [name for name, method in METHODS.items() if "train" in method.needs]
+NAMES = [name for name, method in METHODS.items() if "train" in method.needs and method.takes == "features"]
 
 
 def fitted(name, train, labels, head):

@@ -12,6 +12,7 @@ TSO_KINDS = ("l2", "cosine")
 WORLDS = ("toy", "photos")
 SOURCES = ("pairs", "features")
 FEATURE_DTYPES = ("float16", "float32")
+SOLVERS = ("adam", "lbfgs")
 
 
 def require(ok: bool, key: str, value: Any, expected: str) -> None:
@@ -139,7 +140,7 @@ class FeaturesConfig(_Section):
     dir: str = "${run.dir}/features"
     views: int = 1  # random crops of each image (and draws of a caption template); epoch e reads view e % views
     seed: int = 0  # of those draws; runs of every run.seed share features
-    dtype: str = "float16"  # of the stored features: float16 | float32
+    dtype: str = "float16"  # of the stored pair features, and of the tower's output for image sets: float16 | float32
     precision: str | None = None  # of the towers, while pairs are encoded; null: as train.precision
     batch_size: int = 256  # images encoded at once, on each rank
     part_size: int = 1024  # pairs or images per file: the most that a kill loses, and the unit that ranks divide
@@ -206,7 +207,7 @@ class EvalConfig(_Section):
     templates: Any = "clipn-release"  # clipn-release | openai | simple | a .txt file | a list
     methods: list[str] = field(default_factory=lambda: ["MSP", "MaxLogit", "Energy", "MCM", "CTW", "ATD"])
     scale: float = 100.0
-    train: Any = None  # training images of the ID classes, as `id`: kNN, Mahalanobis, RMD, ViM, Residual, ReAct
+    train: Any = None  # ID training images, as `id`: kNN, Mahalanobis, RMD, ViM, Residual, ReAct, 1NN, PLP-*, LP-*
     words: str | None = None  # a word list or WordNet's database folder: NegLabel, CSP
     bootstrap: int = 0  # draws for confidence intervals; 0: none
     checkpoints: Any = None  # a path, a glob or a list: mean and deviation over them; null: this run's own
@@ -224,6 +225,29 @@ class EvalConfig(_Section):
 
 
 @dataclass
+class ProbeConfig(_Section):
+    """The linear probe of the methods PLP-* (pseudo-labels) and LP-* (class folders); the defaults are the paper's."""
+
+    epochs: int = 100
+    batch_size: int = 256  # 8192 for ImageNet
+    lr: float = 1e-3  # the peak
+    weight_decay: float = 1e-3  # of weight and bias
+    warmup: float = 0.1  # the share of the steps in which the learning rate grows
+    solver: str = "adam"  # adam | lbfgs: the optimum of the same objective, which the paper's probe does not reach
+    shots: int | None = None  # LP: training images of each class; null: all
+    seed: int = 0  # of the initial weights, the order of the images and the choice of the shots
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "epochs", "batch_size")
+        self._check("lr", self.lr > 0, "a positive number")
+        self._at_least(0, "weight_decay")
+        self._check("warmup", 0 <= self.warmup <= 1, "0 to 1")
+        self._one_of("solver", SOLVERS)
+        self._check("shots", self.shots is None or self.shots >= 1, "1 or more, or null")
+        self._seed("seed")
+
+
+@dataclass
 class Config:
     """A whole run. `base` holds the settings that differ when the base CLIP is trained first (empty: it is not)."""
 
@@ -234,6 +258,7 @@ class Config:
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     base: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

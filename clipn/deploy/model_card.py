@@ -12,7 +12,7 @@ from open_clip.pretrained import get_pretrained_cfg
 
 from clipn.evaluation.record import RECORD, read_record
 from clipn.model.checkpoint import checkpoint_folder
-from clipn.report.tables import decisions_table, markdown, results_table
+from clipn.report.tables import accuracy_varies, decisions_table, markdown, results_table
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def model_card(facts: dict[str, Any], repo: str | None = None) -> str:
     facts: the header of the shared file. repo: its user/repo on the hub.
     """
     texts = {"facts": facts, "repo": repo, "title": repo.rpartition("/")[2] if repo else facts["name"]}
+    texts["accuracy"] = facts["results"] and not accuracy_varies(pd.DataFrame(facts["results"]))
     texts["example_names"] = json.dumps((facts["class_names"] or ["cat", "dog", "bird"])[:3], ensure_ascii=False)
     for key, to_table in (("results", results_table), ("decisions", decisions_table)):
         texts[f"{key}_table"] = facts[key] and markdown(to_table(pd.DataFrame(facts[key])))

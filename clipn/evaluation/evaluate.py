@@ -17,7 +17,14 @@ from clipn.data.prompts import load_class_names, load_templates
 from clipn.evaluation.results import RESULT_COLUMNS, Evaluation, SetScores, decision_rows, result_rows
 from clipn.features.image_sets import image_set_features
 from clipn.methods.from_images import constants
-from clipn.methods.registry import MethodInputs, Score, check_methods, make_methods, methods_that_need
+from clipn.methods.registry import (
+    ClassifierScores,
+    MethodInputs,
+    Score,
+    check_methods,
+    make_methods,
+    methods_that_need,
+)
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint, read_checkpoint
 from clipn.model.clipn import CLIPN, configured_model, load_model
@@ -47,8 +54,11 @@ def evaluate(config: Config) -> Evaluation:
     for model, seed in _models(config):
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
         inputs = MethodInputs(model, head, class_names, settings.scale, words=settings.words, folder=config.run.dir)
+        inputs.probe, inputs.probe_folder = config.probe, Path(config.features.dir) / "probes"
         if train_set and methods_that_need("train", settings.methods):
-            images, inputs.train, _ = next(image_set_features(config, model, [train_set]))
+            tower = bool(methods_that_need("tower", settings.methods))
+            images, inputs.train, columns = next(image_set_features(config, model, [train_set], tower=tower))
+            inputs.train_tower = columns.get("tower")
             inputs.labels = torch.tensor(images.labels) if images.labels else None
         set_scores = _score_sets(config, [id_set, *ood_sets], inputs)
         first = first or set_scores
@@ -125,14 +135,18 @@ def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodIn
     settings, set_scores = config.eval, {}
     image_methods, feature_methods = (make_methods(kind, settings.methods, inputs) for kind in ("images", "features"))
     depends_on = f"{tensor_hash(inputs.head.weight_yes)} {settings.scale} {constants()}"
-    others = [name for name in settings.methods if name not in image_methods]
-    sets = image_set_features(config, inputs.model, image_sets, image_methods, depends_on)
-    for images, features, image_scores in sets:
+    score_classifiers = ClassifierScores(settings.methods, inputs)
+    others = [name for name in settings.methods if name in SCORES or name in feature_methods]
+    tower = bool(methods_that_need("tower", settings.methods))
+    sets = image_set_features(config, inputs.model, image_sets, image_methods, depends_on, tower)
+    for images, features, columns in sets:
         if images.left_out:
             log.warning("%s: %d images are unreadable and left out", images.name, len(images.left_out))
         scored = score_features(inputs.head, images, features, others, settings.scale, feature_methods)
-        scores = scored.scores | {name: values.numpy() for name, values in image_scores.items()}
-        set_scores[images.name] = replace(scored, scores={name: scores[name] for name in settings.methods})
+        scores, predictions = score_classifiers(features, columns.pop("tower", None))
+        scores |= scored.scores | {name: values.numpy() for name, values in columns.items()}
+        scores = {name: scores[name] for name in settings.methods}
+        set_scores[images.name] = replace(scored, scores=scores, predictions=predictions)
     return set_scores
 
 

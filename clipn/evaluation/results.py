@@ -1,7 +1,7 @@
 """What an evaluation returns: scores of each image set, and tables of metrics and decisions."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ class SetScores:
     says_ood: dict[str, np.ndarray]  # by threshold-free decision: [N] bool
     predicted: np.ndarray  # [N] class indices
     p_yes: np.ndarray  # [N], of the predicted class
+    predictions: dict[str, np.ndarray] = field(default_factory=dict)  # of methods with a classifier of their own
 
 
 class Evaluation(NamedTuple):
@@ -45,7 +46,6 @@ def result_rows(set_scores: dict[str, SetScores], seed: int) -> list[dict]:
     """RESULT_COLUMNS for each OOD set and method. Raises ValueError for scores that are not finite."""
     id_set, *ood_sets = set_scores.values()
     labels = id_set.images.labels
-    accuracy = float((id_set.predicted == labels).mean()) if labels else float("nan")
     rows = []
     for ood_set in ood_sets:
         for method, id_scores in id_set.scores.items():
@@ -54,6 +54,8 @@ def result_rows(set_scores: dict[str, SetScores], seed: int) -> list[dict]:
                 metrics = ood_metrics(id_scores, ood_set.scores[method])
             except ValueError as error:
                 raise ValueError(f"{method} of {names['id_set']} and {names['ood_set']}: {error}") from error
+            predicted = id_set.predictions.get(method, id_set.predicted)
+            accuracy = float((predicted == labels).mean()) if labels else float("nan")
             rows.append(names | {"id_accuracy": accuracy, "seed": seed} | metrics)
     return rows
 

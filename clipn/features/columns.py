@@ -7,6 +7,8 @@ from torch import Tensor
 
 from clipn.features.store import Columns
 
+IN_MEMORY = 2**29  # bytes of a column that is joined in host memory rather than read from disk
+
 
 class DenseColumn:
     """A column [N, views, D] in parts. It is held on a GPU with enough free memory; else it stays mapped from disk."""
@@ -47,3 +49,25 @@ class RaggedColumn:
         padded = self.values.new_zeros(*real.shape, *self.values.shape[1:])
         padded[real] = self.values[(starts + position)[real]]
         return padded
+
+
+class MappedRows:
+    """Rows [N, D] in parts that stay mapped from disk. Row numbers or a slice give a tensor on the device."""
+
+    def __init__(self, parts: Sequence[Tensor], device: torch.device) -> None:
+        self.column = DenseColumn([{"rows": part[:, None]} for part in parts], "rows", torch.device("cpu"))
+        self.shape, self.device = torch.Size([sum(map(len, parts)), parts[0].shape[1]]), device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        numbers = torch.arange(len(self))[rows] if isinstance(rows, slice) else rows.cpu()
+        return self.column.take(numbers, 0).to(self.device)
+
+
+def open_rows(parts: Sequence[Tensor], device: torch.device) -> Tensor | MappedRows:
+    """Parts [n, D] -> a tensor [N, D] on the device, or mapped rows where memory is too small for one."""
+    limit = torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else IN_MEMORY
+    small = sum(part.nbytes for part in parts) < limit
+    return torch.cat([part.to(device) for part in parts]) if small else MappedRows(parts, device)

@@ -14,11 +14,12 @@ from torch import Tensor
 from clipn.config.schema import Config
 from clipn.data.image_sets import UNREAD, ImageFiles, ImageSet
 from clipn.data.images import val_transform
+from clipn.features.columns import MappedRows, open_rows
 from clipn.features.store import Columns, FeatureStore
 from clipn.model.clipn import CLIPN
 from clipn.model.hashing import weights_hash
 from clipn.model.precision import autocast
-from clipn.runtime.distributed import barrier, is_main
+from clipn.runtime.distributed import barrier, gather_values, is_main
 
 
 def image_set_features(
@@ -27,13 +28,16 @@ def image_set_features(
     image_sets: Sequence[ImageSet],
     scores: dict[str, Callable[[Tensor], Tensor]] | None = None,
     scores_of: str = "",
-) -> Iterator[tuple[ImageSet, Tensor, dict[str, Tensor]]]:
+    tower: bool = False,
+) -> Iterator[tuple[ImageSet, Tensor, dict[str, Tensor | MappedRows]]]:
     """Encode each image set in one pass, or read its features where features.dir has them.
 
     scores: functions of images, [B, 3, H, W] -> [B] by name, computed in the same pass. scores_of: everything else that
         they depend on (head, scale, constants); another value computes them again.
+    tower: also keep the image tower's output, in features.dtype. Stores without it stay valid for all other methods.
     Yields each set without its unreadable images and, for the N readable ones, features [N, D] float32, L2-normalised,
-    and scores [N] by name, on the CPU. Under many ranks each encodes a share, and every rank yields all.
+    and scores [N] by name, on the CPU, with `tower` also "tower" [N, W], a tensor on the device or mapped rows. Under
+    many ranks each encodes a share, and every rank yields all.
 
     Raises ValueError for a set without readable images.
     """
@@ -43,10 +47,15 @@ def image_set_features(
     def encode(batch: Columns) -> Columns:
         pixels = batch["image"].to(device, non_blocking=True)
         with autocast(device, settings.precision):
-            return {"image": model.encode_image(pixels)} | {name: score(pixels) for name, score in scores.items()}
+            if "tower" in store.manifest:
+                image, output = model.encode_image_with_tower(pixels)
+                columns = {"image": image, "tower": output.to(getattr(torch, store.manifest["tower"]))}
+            else:
+                columns = {"image": model.encode_image(pixels)}
+            return columns | {name: score(pixels) for name, score in scores.items()}
 
     for images in image_sets:
-        store = _open_store(config, model, images, weights, [*sorted(scores), scores_of] if scores else [])
+        store = _open_store(config, model, images, weights, [*sorted(scores), scores_of] if scores else [], tower)
         if store.missing():
             dataset = ImageFiles(images.paths, val_transform(model.preprocess))
             store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
@@ -55,15 +64,22 @@ def image_set_features(
         if not parts:
             total = len(images)
             raise ValueError(f"image set {images.name!r}: none of the {total} images in {images.root} is readable")
-        columns = {name: torch.cat([part[name] for part in parts]) for name in ("image", *scores)}
+        columns = {name: torch.cat([part.pop(name) for part in parts]) for name in ("image", *scores)}
+        if tower:
+            columns["tower"] = open_rows([part["tower"] for part in parts], device)
         barrier()
         if (not settings.keep_features or UNREAD in causes) and is_main():  # an unread file may be readable later
             shutil.rmtree(store.folder)
         yield images.without(skipped), columns.pop("image"), columns
 
 
-def _open_store(config: Config, model: CLIPN, images: ImageSet, weights: str, scores: list[str]) -> FeatureStore:
-    """The store of one image set. Its folder's name has a hash of the manifest, so that any number of them coexist."""
+def _open_store(
+    config: Config, model: CLIPN, images: ImageSet, weights: str, scores: list[str], tower: bool
+) -> FeatureStore:
+    """The store of one image set. Its folder's name has a hash of the manifest, so that any number of them coexist.
+
+    A store with the tower's output also serves methods that do not ask for it.
+    """
     manifest = {
         "of": images.name,
         "model": model.architecture,  # with another activation, the same weights give other features
@@ -75,8 +91,13 @@ def _open_store(config: Config, model: CLIPN, images: ImageSet, weights: str, sc
         "part_size": config.features.part_size,
         "scores": scores,
     }
+    with_tower = manifest | {"tower": config.features.dtype}
     name = re.sub(r"[^\w.-]", "_", images.name)
-    return FeatureStore(Path(config.features.dir) / "images" / f"{name}-{_json_hash(manifest)[:12]}", manifest)
+    plain, complete = (
+        Path(config.features.dir) / "images" / f"{name}-{_json_hash(of)[:12]}" for of in (manifest, with_tower)
+    )
+    use_tower = gather_values(tower or (complete.is_dir() and not plain.is_dir()))[0]
+    return FeatureStore(complete, with_tower) if use_tower else FeatureStore(plain, manifest)
 
 
 def _json_hash(content: Any) -> str:

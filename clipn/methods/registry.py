@@ -3,23 +3,43 @@
 To add a method: put a function of logits into SCORES, anything else into METHODS.
 """
 
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from clipn.config.schema import EvalConfig
+from clipn.config.schema import EvalConfig, ProbeConfig
 from clipn.methods.from_features import Score, fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_vim
 from clipn.methods.from_images import gl_mcm, odin
 from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Pool, mine, neglabel, read_words, save_negatives
+from clipn.methods.probe import (
+    PROMPTS,
+    Probe,
+    Rows,
+    draw_shots,
+    fit_probe,
+    logit_distances,
+    nearest_cosine,
+    pseudo_labels,
+    stored_probe,
+)
 from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN
-from clipn.model.head import Head
+from clipn.model.head import Head, class_weights
 from clipn.runtime.distributed import is_main
-from clipn.scores import SCORES
+from clipn.scores import SCORES, energy, l1, max_logit, mcm, msp, p_yes
+
+log = logging.getLogger(__name__)
+
+_ROWS = 1024  # images scored at once
 
 
 @dataclass
@@ -34,6 +54,9 @@ class MethodInputs:
     labels: Tensor | None = None  # [M], of these images
     words: str | Path | None = None  # a word list or WordNet folder
     folder: str | Path | None = None  # where mined words are written
+    train_tower: Rows | None = None  # the image tower's outputs [M, W] for the training images
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    probe_folder: str | Path | None = None  # where fitted probes are kept
     results: dict[str, Any] = field(default_factory=dict)  # what several methods share
 
     @property
@@ -49,11 +72,15 @@ class MethodInputs:
 
 
 class Method(NamedTuple):
-    """How a score is made, and which inputs it needs."""
+    """How a score is made, and which inputs it needs.
 
-    make: Callable[[MethodInputs], Score]
-    needs: tuple[str, ...] = ()  # of "train", "labels", "words"
-    takes: str = "features"  # what the score is a function of: "features" [B, D] or "images" [B, 3, H, W]
+    takes: what the score is a function of: "features" [B, D], "images" [B, 3, H, W], or a name of CLASSIFIERS: the
+        logits [B, C] of that classifier and the features, or "tower": the tower's outputs [B, W] and the features.
+    """
+
+    make: Callable[[MethodInputs], Callable[..., Tensor]]
+    needs: tuple[str, ...] = ()  # of "train", "tower", "labels", "words"
+    takes: str = "features"
 
 
 def _against_words(inputs: MethodInputs, pool: Pool, head: Head | None = None) -> Score:
@@ -68,6 +95,108 @@ def _against_words(inputs: MethodInputs, pool: Pool, head: Head | None = None) -
     return partial(neglabel, negatives=negatives, scale=inputs.scale, head=head)
 
 
+class _Fitted(NamedTuple):
+    """A probe, and the training images that it was fitted to."""
+
+    probe: Probe
+    tower: Rows
+    labels: Tensor
+
+
+def _fitted(inputs: MethodInputs, kind: str) -> _Fitted:
+    """The probe on pseudo-labels ("PLP") or on the class folders' labels ("LP"), fitted once."""
+
+    def fit() -> _Fitted:
+        tower, settings, labels = inputs.train_tower, inputs.probe, inputs.labels
+        if tower is None or (kind == "LP" and labels is None):
+            lacks = "labels" if tower is not None else "tower outputs"
+            raise ValueError(f"{kind}: the {lacks} of the training images are missing")
+        if kind == "PLP":
+            labels = pseudo_labels(inputs.train, _prompt_weights(inputs))
+        elif settings.shots:
+            chosen = draw_shots(labels, settings.shots, settings.seed)
+            tower, labels = tower[chosen.to(tower.device)], labels[chosen]
+        counts = torch.bincount(labels, minlength=inputs.classes).tolist()
+        empty = [name for name, count in zip(inputs.class_names, counts, strict=False) if not count]
+        if empty:
+            names = ", ".join(empty[:10]) + ", ..." * (len(empty) > 10)
+            message = "%s: no training image has the label of %d of %d classes, which the probe does not learn: %s"
+            log.warning(message, kind, len(empty), len(counts), names)
+        arguments = tower, labels, inputs.classes, settings
+        probe = stored_probe(inputs.probe_folder, *arguments) if inputs.probe_folder else fit_probe(*arguments)
+        return _Fitted(probe, tower, labels)
+
+    return inputs.once(f"probe {kind}", fit)
+
+
+def _prompt_weights(inputs: MethodInputs) -> Tensor:
+    """The class weights [C, D] of the probe's own prompts."""
+    tokenizer = get_tokenizer(inputs.model.architecture)
+    arguments = inputs.model.encode_text, tokenizer, inputs.class_names, PROMPTS
+    return inputs.once("prompt weights", lambda: class_weights(*arguments))
+
+
+def _prompt_logits(inputs: MethodInputs) -> Callable[[Tensor, Tensor], Tensor]:
+    weights = _prompt_weights(inputs)
+    return lambda features, tower: inputs.scale * features @ weights.T
+
+
+def _probe_logits(kind: str, inputs: MethodInputs) -> Callable[[Tensor, Tensor], Tensor]:
+    probe = _fitted(inputs, kind).probe
+    return lambda features, tower: probe.logits(tower)
+
+
+# A function of features [B, D] and tower outputs [B, W] -> logits [B, C], whose largest is the predicted class.
+CLASSIFIERS: dict[str, Callable[[MethodInputs], Callable[[Tensor, Tensor], Tensor]]] = {
+    "PLP": partial(_probe_logits, "PLP"),
+    "LP": partial(_probe_logits, "LP"),
+    "prompts": _prompt_logits,
+}
+
+
+def _of_logits(score: Callable[[Tensor], Tensor]) -> Callable[[MethodInputs], Callable[..., Tensor]]:
+    return lambda inputs: lambda logits, features: score(logits)
+
+
+def _distances(kind: str, relative: bool, inputs: MethodInputs) -> Callable[..., Tensor]:
+    name = f"{kind}-{'RMD' if relative else 'Mahalanobis'}"
+    score = logit_distances(*_fitted(inputs, kind), relative, name)
+    return lambda logits, features: score(logits)
+
+
+def _probe_ctw(inputs: MethodInputs) -> Callable[..., Tensor]:
+    def score(logits: Tensor, features: Tensor) -> Tensor:
+        """p_yes of the class that the probe predicts."""
+        return p_yes(*inputs.head(features, inputs.scale)).gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
+
+    return score
+
+
+def _probe_atd(inputs: MethodInputs) -> Callable[..., Tensor]:
+    return lambda z, features: (z.softmax(dim=1) * p_yes(*inputs.head(features, inputs.scale))).sum(dim=1)
+
+
+def _probe_energy_clipn(inputs: MethodInputs) -> Callable[..., Tensor]:
+    def score(logits: Tensor, features: Tensor) -> Tensor:
+        yes, no = inputs.head(features, inputs.scale)
+        top = logits.argmax(dim=1, keepdim=True)
+        return energy(logits) + F.logsigmoid((yes - no).gather(1, top)).squeeze(1)
+
+    return score
+
+
+def _probe_methods(kind: str, needs: tuple[str, ...]) -> dict[str, Method]:
+    scores = {"MSP": msp, "Energy": energy, "MaxLogit": max_logit, "L1": l1}
+    methods = {f"{kind}-{name}": Method(_of_logits(score), needs, kind) for name, score in scores.items()}
+    distances = {"Mahalanobis": False, "RMD": True}
+    return methods | {
+        f"{kind}-{name}": Method(partial(_distances, kind, relative), needs, kind)
+        for name, relative in distances.items()
+    }
+
+
+_PLP, _LP = ("train", "tower"), ("train", "tower", "labels")
+
 METHODS: dict[str, Method] = {
     "NegLabel": Method(lambda x: _against_words(x, NEGLABEL), ("words",)),
     "CSP": Method(lambda x: _against_words(x, CSP), ("words",)),
@@ -81,6 +210,13 @@ METHODS: dict[str, Method] = {
     "ReAct": Method(lambda x: fit_react(x.train, x.head.weight_yes, x.scale), ("train",)),
     "GL-MCM": Method(lambda x: partial(gl_mcm, x.model, x.head, scale=x.scale), takes="images"),
     "ODIN": Method(lambda x: partial(odin, x.model, x.head, scale=x.scale), takes="images"),
+    "MCM-5": Method(lambda x: lambda logits, features: mcm(logits, None, x.scale), takes="prompts"),
+    "1NN": Method(lambda x: _of_logits(nearest_cosine(x.train_tower))(x), _PLP, "tower"),
+    **_probe_methods("PLP", _PLP),
+    **_probe_methods("LP", _LP),
+    "PLP+CTW": Method(_probe_ctw, _PLP, "PLP"),
+    "PLP+ATD": Method(_probe_atd, _PLP, "PLP"),
+    "PLP-Energy+CLIPN": Method(_probe_energy_clipn, _PLP, "PLP"),
 }
 METHOD_NAMES = (*SCORES, *METHODS)
 _SETTINGS = {
@@ -107,10 +243,35 @@ def check_methods(settings: EvalConfig) -> None:
 
 
 def methods_that_need(name: str, methods: Sequence[str]) -> list[str]:
-    """Those of the methods that need "train", "labels" or "words"."""
+    """Those of the methods that need "train", "tower", "labels" or "words"."""
     return [method for method in methods if method in METHODS and name in METHODS[method].needs]
 
 
-def make_methods(takes: str, methods: Sequence[str], inputs: MethodInputs) -> dict[str, Score]:
-    """The scores among the methods that are functions of "features" or of "images"; raises as their `make` does."""
+def make_methods(takes: str, methods: Sequence[str], inputs: MethodInputs) -> dict[str, Callable[..., Tensor]]:
+    """The scores among the methods that take this, such as "features"; raises as their `make` does."""
     return {name: METHODS[name].make(inputs) for name in methods if name in METHODS and METHODS[name].takes == takes}
+
+
+class ClassifierScores:
+    """The methods that score the outputs of CLASSIFIERS or of the image tower, made once for all image sets."""
+
+    def __init__(self, methods: Sequence[str], inputs: MethodInputs) -> None:
+        self.device = inputs.head.weight_yes.device
+        self.methods = {takes: make_methods(takes, methods, inputs) for takes in ("tower", *CLASSIFIERS)}
+        self.classifiers = {name: make(inputs) for name, make in CLASSIFIERS.items() if self.methods[name]}
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor, tower: Rows | None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Features [N, D] and tower outputs [N, W] -> scores [N], and predicted classes [N], by method."""
+        scores, predicted = defaultdict(list), defaultdict(list)
+        for start in range(0, len(features), _ROWS):
+            block = features[start : start + _ROWS].to(self.device)
+            outputs = None if tower is None else tower[start : start + _ROWS].to(self.device)
+            for name, score in self.methods["tower"].items():
+                scores[name].append(score(outputs, block))
+            for classifier, classify in self.classifiers.items():
+                logits = classify(block, outputs)
+                for name, score in self.methods[classifier].items():
+                    scores[name].append(score(logits, block))
+                    predicted[name].append(logits.argmax(dim=1))
+        return tuple({name: torch.cat(parts).cpu().numpy() for name, parts in of.items()} for of in (scores, predicted))

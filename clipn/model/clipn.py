@@ -87,6 +87,24 @@ class CLIPN(nn.Module):
         images = images.to(next(self.base.visual.parameters()).dtype)  # a model in half precision
         return F.normalize(self.base.encode_image(images, normalize=False).float(), dim=-1)
 
+    def encode_image_with_tower(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images [B, 3, H, W] -> the features of `encode_image`, and the image tower's output [B, W].
+
+        The output is float32, not normalised, and that before the projection. A tower without `.proj` (ResNet, timm)
+        gives its output as it is.
+        """
+        visual, images = self.base.visual, images.to(next(self.base.visual.parameters()).dtype)
+        projection = getattr(visual, "proj", None)
+        try:
+            if projection is not None:
+                visual.proj = None  # open_clip then returns its pooled output
+            tower = self.base.encode_image(images, normalize=False)
+        finally:
+            if projection is not None:
+                visual.proj = projection
+        features = tower if projection is None else tower @ projection
+        return F.normalize(features.float(), dim=-1), tower.float()
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> [B, D] by the "yes" tower."""
         return text_features(self.base.text, tokens)

@@ -26,8 +26,14 @@ _COLUMN_NAMES = {
 _PUBLISHED_LABEL = r"\emph{Reported by others, not measured here}"
 
 
-def results_table(results: pd.DataFrame, metrics: Sequence[str] = METRICS, accuracy: bool = False) -> pd.DataFrame:
-    """The main table: per method the metrics of each OOD set and their averages, optionally the ID accuracy."""
+def results_table(
+    results: pd.DataFrame, metrics: Sequence[str] = METRICS, accuracy: bool | None = None
+) -> pd.DataFrame:
+    """The main table: per method the metrics of each OOD set and their averages, optionally the ID accuracy.
+
+    accuracy: by default it is in the table if methods differ in it.
+    """
+    accuracy = accuracy_varies(results) if accuracy is None else accuracy
     parts = [(name, rows, metrics) for name, rows in [*results.groupby("ood_set", sort=False), ("average", results)]]
     return _table("method", parts + [("ID", results, ["id_accuracy"])] * accuracy)
 
@@ -44,9 +50,11 @@ def decisions_table(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 def ablations_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Per `setting`: each method's metrics averaged over the OOD sets, and the ID accuracy."""
-    parts = [(name, rows, METRICS) for name, rows in results.groupby("method", sort=False)]
-    return _table("setting", [*parts, ("ID", results, ["id_accuracy"])])
+    """Per `setting`: each method's metrics averaged over the OOD sets, and the ID accuracy, of each if they differ."""
+    methods = list(results.groupby("method", sort=False))
+    if accuracy_varies(results):
+        return _table("setting", [(name, rows, [*METRICS, "id_accuracy"]) for name, rows in methods])
+    return _table("setting", [*((name, rows, METRICS) for name, rows in methods), ("ID", results, ["id_accuracy"])])
 
 
 def intervals_table(intervals: pd.DataFrame) -> pd.DataFrame:
@@ -118,6 +126,12 @@ def latex_table(
 def run_number(rows: pd.DataFrame) -> pd.Series:
     """The number of each row's checkpoint: rows of the same sets and method are in the order of the checkpoints."""
     return rows.groupby([key for key in ("setting", "ood_set", "method", "decision") if key in rows]).cumcount()
+
+
+def accuracy_varies(results: pd.DataFrame) -> bool:
+    """Whether the ID accuracy of a run depends on the method: those of a probe have that of the probe."""
+    runs = [results[key] for key in ("setting",) if key in results] + [run_number(results)]
+    return bool((results.groupby(runs)["id_accuracy"].nunique() > 1).any())
 
 
 def percent(values: pd.Series) -> str:

@@ -104,7 +104,8 @@ def summary(results: pd.DataFrame) -> str:
 
 def _title(results: pd.DataFrame) -> str:
     accuracies = results.groupby(tables.run_number(results))["id_accuracy"].first()
-    accuracy = f", ID accuracy {tables.percent(accuracies)}" if accuracies.notna().all() else ""
+    shown = accuracies.notna().all() and not tables.accuracy_varies(results)  # else in the table
+    accuracy = f", ID accuracy {tables.percent(accuracies)}" if shown else ""
     several = f"; mean ± standard deviation over {len(accuracies)} checkpoints" if len(accuracies) > 1 else ""
     metrics = f"AUROC (higher is better) and FPR95 (lower) in percent{several}."
     return f"ID: {results['id_set'].iloc[0]}{accuracy}. {metrics}"
