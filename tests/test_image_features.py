@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import architecture, write_clipn
 from helpers import files, write_images
 from PIL import Image
@@ -13,7 +14,8 @@ import clipn.data.storage
 from clipn.config.loading import load_config
 from clipn.data.image_sets import open_image_sets
 from clipn.features.image_sets import image_set_features
-from clipn.model.clipn import configured_model
+from clipn.model.clipn import configured_model, create_model_and_transforms
+from clipn.model.hashing import weights_hash
 from clipn.pipeline import run_evaluation
 
 
@@ -94,6 +96,54 @@ def test_scores_of_images_are_computed_in_the_same_pass_and_kept(encode, encoded
     assert sum(calls) == 7 and torch.equal(again["id"][2]["brightness"], first["id"][2]["brightness"])
     encode(scores={"brightness": brightness}, scores_of="scale 2")
     assert sum(calls) == 14
+
+
+def test_the_towers_output_is_kept_where_a_method_asks_for_it(encode, tmp_path, encoded):
+    plain = encode()
+    asked = encode(tower=True)
+    assert sum(encoded) == 14 and equal(asked, plain)
+    assert all(
+        result[2]["tower"].dtype == torch.float16 and "tower" not in plain[name][2] for name, result in asked.items()
+    )
+    assert [tuple(asked[name][2]["tower"].shape) for name in ("id", "ood")] == [(4, 64), (3, 64)]
+    assert equal(encode(), plain) and equal(encode(tower=True), plain) and sum(encoded) == 14, "both are kept"
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "features").rglob("manifest.json")]
+    assert sorted(manifest.get("tower", "") for manifest in manifests) == ["", "", "float16", "float16"]
+    encode("features.dtype=float32", tower=True)
+    assert sum(encoded) == 21
+
+
+def test_features_with_the_towers_output_serve_other_methods(encode, tmp_path, encoded):
+    asked = encode(tower=True)
+    again = encode()
+    assert sum(encoded) == 7 and equal(again, asked) and "tower" not in again["id"][2]
+
+
+RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 8}
+TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"}
+NARROW = {"attentional_pool": True, "attn_pooler_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("vision", "width"), [({}, 64), (NARROW, 32), (RESNET, 32), (TIMM, 32)], ids=["ViT", "pooling", "ResNet", "timm"]
+)
+def test_the_projected_and_normalised_output_is_the_feature(vision, width):
+    if vision is TIMM:
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model, _, _ = create_model_and_transforms(architecture(vision))
+    size = model.preprocess["size"]
+    images = torch.randn(3, 3, *((size, size) if isinstance(size, int) else size))
+    visual = model.base.visual
+    weights = weights_hash(visual)
+    with torch.inference_mode():
+        features, tower = model.encode_image_with_tower(images)
+        assert torch.equal(features, model.encode_image(images)) and weights_hash(visual) == weights
+    assert tower.shape == (3, width) and (tower.norm(dim=1) - 1).abs().min() > 1e-3, "not normalised"
+    projection = getattr(visual, "proj", None)
+    assert (projection is None) == (vision in (RESNET, TIMM))
+    projected = tower if projection is None else tower @ projection
+    torch.testing.assert_close(F.normalize(projected, dim=1), features)
 
 
 def test_features_need_not_be_kept(encode, tmp_path):
