@@ -6,6 +6,8 @@ Modes: plain     the method without optimisations: every tower over all 77 posit
        extract   encoding pairs for data.source=features, from memory
        evaluate  encoding images for `clipn eval`, from memory
        rescore   every score of 90 000 image features and 1 000 classes
+       probe     the probe of PLP on 50 000 x 768 outputs, 100 classes, 100 epochs, batch 256
+       sklearn   scikit-learn's LogisticRegression (lbfgs) on the same outputs: another solver of the same objective
 
 Models have random weights; images and captions are random, with caption lengths distributed as in CC3M (mean 12 tokens
 with the start and end tokens). The modes run in turn after a warm-up. Printed are medians, and ratios to plain.
@@ -25,16 +27,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clipn.config.schema import PRECISIONS, Config, ModelConfig, RunConfig, TrainConfig
+from clipn.config.schema import PRECISIONS, Config, ModelConfig, ProbeConfig, RunConfig, TrainConfig
 from clipn.data.image_sets import ImageSet
 from clipn.data.shards import CAUSES
 from clipn.evaluation.evaluate import score_features
 from clipn.features.pairs import pair_encoder
+from clipn.methods.probe import Probe, fit_probe
 from clipn.model.base import context_length
 from clipn.model.head import Head
 from clipn.model.precision import DTYPES, autocast
@@ -45,8 +49,10 @@ from clipn.training.loop import Run
 from clipn.training.objectives import ClipnObjective
 
 STEPS = ("plain", "online", "features")
-MODES = (*STEPS, "extract", "evaluate", "rescore")
+FITS = ("probe", "sklearn")
+MODES = (*STEPS, "extract", "evaluate", "rescore", *FITS)
 CC3M_PAIRS, RESCORED_IMAGES, RESCORED_CLASSES = 2_891_445, 90_000, 1000
+PROBE_IMAGES, PROBE_WIDTH, PROBE_CLASSES, PROBE_EPOCHS = 50_000, 768, 100, 100
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -80,6 +86,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if "rescore" in arguments.mode:
         results.append(rescore(device, arguments.rounds))
         print_row(results[-1])
+    for mode in FITS:
+        if mode in arguments.mode:
+            results.append(fit_once(mode, device))
+            print_row(results[-1])
     report = {"model": arguments.model, "device": device_name(device), "precision": precision}
     report |= {"torch": torch.__version__, "matmul_flops_per_s": peak, "results": results}
     if arguments.json:
@@ -91,7 +101,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def measure(
     arguments: argparse.Namespace, device: torch.device, precision: str, batch_size: int, peak: float
 ) -> list[dict[str, Any]]:
-    """Results of every mode except rescore at one batch size."""
+    """Results of every mode of a batch, at one batch size."""
+    if not set(arguments.mode) - {"rescore", *FITS}:
+        return []
     work = build_work(arguments, device, precision, batch_size)
     work = {mode: step for mode, step in work.items() if mode in arguments.mode}
     flops = {mode: count_flops(step) for mode, step in work.items()}  # a first warm-up
@@ -225,6 +237,33 @@ def rescore(device: torch.device, rounds: int) -> dict[str, Any]:
     }
 
 
+def fit_once(mode: str, device: torch.device) -> dict[str, Any]:
+    """Seconds, objective and training accuracy of one fit of the probe, or of scikit-learn's optimum."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(PROBE_CLASSES, (PROBE_IMAGES,), generator=generator)
+    tower = torch.randn(PROBE_CLASSES, PROBE_WIDTH, generator=generator)[labels]
+    tower = (tower + 6 * torch.randn(PROBE_IMAGES, PROBE_WIDTH, generator=generator)).half().to(device)
+    settings = ProbeConfig(epochs=PROBE_EPOCHS)
+    result: dict[str, Any] = {"mode": mode, "batch_size": PROBE_IMAGES}
+    if mode == "probe":
+        fits = []
+        seconds, memory = timed(lambda: fits.append(fit_probe(tower, labels, PROBE_CLASSES, settings)), device)
+        probe = fits[0]
+    else:
+        mean, std = tower.float().mean(dim=0), tower.float().std(dim=0)
+        ones = torch.ones(PROBE_IMAGES, 1)
+        x = torch.cat([((tower.float() - mean) / std).cpu(), ones], dim=1).numpy()
+        inverse = 1 / (settings.weight_decay * PROBE_IMAGES)
+        solver = LogisticRegression(C=inverse, fit_intercept=False, max_iter=1000)
+        seconds, memory = timed(lambda: solver.fit(x, labels.numpy()), torch.device("cpu"))
+        coefficients = torch.from_numpy(solver.coef_).float().to(device)
+        probe = Probe(coefficients[:, :-1], coefficients[:, -1], mean, std)
+    logits, squares = probe.logits(tower).cpu(), probe.weight.square().sum() + probe.bias.square().sum()
+    objective = float(F.cross_entropy(logits, labels)) + settings.weight_decay / 2 * float(squares)
+    accuracy = float((logits.argmax(dim=1) == labels).float().mean())
+    return result | {"seconds": seconds, "objective": objective, "accuracy": accuracy, **memory}
+
+
 def timed(step: Callable[[], Any], device: torch.device) -> tuple[float, dict[str, int]]:
     """Seconds of a step, and memory at its peak and before it: GPU tensors, or the whole process on Linux."""
     if device.type == "cuda":
@@ -281,6 +320,10 @@ def print_row(result: dict[str, Any]) -> None:
     if result["mode"] == "rescore":
         sizes = f"{result['batch_size']} images x {result['classes']} classes, {len(result['scores'])} scores"
         print(f"rescore   {sizes}: {result['seconds']:.2f} s, {memory}")
+        return
+    if result["mode"] in FITS:
+        fit = f"objective {result['objective']:.4f}, accuracy {100 * result['accuracy']:.1f} %"
+        print(f"{result['mode']:9} {result['batch_size']} images: {result['seconds']:.1f} s, {fit}, {memory}")
         return
     words = [f"{result['mode']:9} batch {result['batch_size']}: {result['pairs_per_s']:9.1f} pairs/s"]
     words += [f"{result['ms_per_step']:9.1f} ms", memory, f"utilisation {100 * result['utilisation']:.0f} %"]

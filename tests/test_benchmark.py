@@ -10,15 +10,20 @@ from scripts import benchmark
 
 def test_every_mode_is_timed_and_written(small_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "RESCORED_IMAGES", 500)
+    small = {"PROBE_IMAGES": 300, "PROBE_WIDTH": 8, "PROBE_CLASSES": 3, "PROBE_EPOCHS": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(benchmark, name, value)
     arguments = ["--model", small_config, "--batch-size", "4", "6", "--rounds", "2", "--device", "cpu"]
     benchmark.main([*arguments, "--json", str(tmp_path / "times.json")])
     results = json.loads((tmp_path / "times.json").read_text())["results"]
     modes = ["plain", "online", "features", "extract", "evaluate"]
-    assert [(row["mode"], row["batch_size"]) for row in results[:-1]] == [(m, b) for b in (4, 6) for m in modes]
-    for row in results[:-1]:
+    assert [(row["mode"], row["batch_size"]) for row in results[:-3]] == [(m, b) for b in (4, 6) for m in modes]
+    for row in results[:-3]:
         assert row["pairs_per_s"] == pytest.approx(1000 * row["batch_size"] / row["ms_per_step"])
         assert row["model_flops_per_step"] > 0 and row["peak_memory_bytes"] > 0
-    assert results[-1]["mode"] == "rescore" and results[-1]["seconds"] > 0
+    assert [row["mode"] for row in results[-3:]] == ["rescore", "probe", "sklearn"]
+    assert all(row["seconds"] > 0 for row in results[-3:])
+    assert results[-1]["objective"] < results[-2]["objective"], "scikit-learn finds the optimum"
     assert "times.json" in capsys.readouterr().out
     flops = {row["mode"]: row["model_flops_per_step"] for row in results[:3]}
     assert flops["features"] < flops["online"] < flops["plain"]

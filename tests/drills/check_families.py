@@ -59,6 +59,8 @@ def check(architecture: Architecture) -> str:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained), "a parameter has no gradient"
     torch.optim.AdamW(trained, lr=1e-3).step()
     model.eval()
+    with torch.no_grad():
+        assert torch.equal(model.encode_image_with_tower(images)[0], model.encode_image(images)), "the tower differs"
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path = Path(folder) / "epoch_1.pt"
         write_checkpoint({"state_dict": model.published_state()}, path)
