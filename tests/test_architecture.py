@@ -22,6 +22,7 @@ def loaded_modules(code: str) -> set[str]:
 
 def test_imports_go_one_way(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("logging.config.dictConfig", lambda _: None)  # it would disable the loggers of later tests
     assert lint_imports(config_filename="pyproject.toml", no_cache=True) == 0, capsys.readouterr().out
 
 
