@@ -20,15 +20,15 @@ from clipn.evaluation.evaluate import evaluate
 from clipn.features import columns
 from clipn.features.columns import MappedRows, open_rows
 from clipn.methods import probe as probes
+from clipn.methods import probe_scores
 from clipn.methods.probe import (
     draw_shots,
     fit_probe,
     learning_rate,
-    logit_distances,
-    nearest_cosine,
     pseudo_labels,
     stored_probe,
 )
+from clipn.methods.probe_scores import logit_distances, nearest_cosine
 from clipn.report.tables import ablations_table, results_table
 
 CLASSES, WIDTH = 5, 12
@@ -196,7 +196,7 @@ def test_l1_is_the_sum_less_the_smallest_for_each_class():
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_distances_of_logits_agree_with_a_slow_version(data, fitted, monkeypatch, relative):
-    monkeypatch.setattr(probes, "_ROWS", 40)
+    monkeypatch.setattr(probe_scores, "_ROWS", 40)
     tower, labels = data[0], data[1].clone()
     labels[labels == 4] = 3
     labels[7] = 4  # a class of one image is left out
@@ -214,7 +214,7 @@ def test_distances_of_logits_agree_with_a_slow_version(data, fitted, monkeypatch
 
 
 def test_one_nearest_neighbour_is_the_largest_cosine(data, monkeypatch):
-    monkeypatch.setattr(probes, "_BANK", 11)
+    monkeypatch.setattr(probe_scores, "_BANK", 11)
     train, images = data[0][:100], data[0][100:]
     expected = [max(F.cosine_similarity(image, other, dim=0) for other in train) for image in images]
     torch.testing.assert_close(nearest_cosine(train)(images), torch.stack(expected))

@@ -40,8 +40,6 @@ PROMPTS = (  # of the pseudo-labels and of MCM-5, whatever eval.templates are
 )
 
 _ROWS = 8192  # images in a block
-_BANK = 65_536  # training images that 1NN compares images with at once
-_SINGULAR = 1e-11  # a covariance with a smaller ratio of its variances is singular up to the rounding of the logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,58 +151,6 @@ def stored_probe(folder: str | Path, tower: Rows, labels: Tensor, num_classes: i
         raise ValueError(f"{path}: not a probe ({error}); delete it: the same command recreates it") from error
 
 
-def logit_distances(
-    probe: Probe, tower: Rows, labels: Tensor, relative: bool = False, method: str = "Mahalanobis"
-) -> Callable[[Tensor], Tensor]:
-    """Logits [B, C] -> negative squared Mahalanobis distance [B] to the nearest class, in float64.
-
-    The covariance is the unweighted mean of the unbiased covariances of the classes of two training images or more;
-    the other classes are left out. relative: each distance less that to one Gaussian of all training images. Raises
-    ValueError for a singular covariance.
-    """
-    size, labels = len(probe.weight), labels.to(probe.weight.device).long()
-
-    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, len(tower), _ROWS):
-            yield probe.logits(tower[start : start + _ROWS]).double(), labels[start : start + _ROWS]
-
-    counts = torch.bincount(labels, minlength=size)
-    if int((counts - 1).clamp(min=0).sum()) < size or size > tower.shape[1]:
-        need = f"as many outputs of the image tower ({tower.shape[1]}) and {size} images beside one of each class"
-        raise ValueError(f"{method}: {len(tower)} training images; the covariance of {size} logits needs {need}")
-    means = sum(F.one_hot(y, size).double().T @ z for z, y in blocks())
-    mean, means = means.sum(dim=0) / len(tower), means / counts.clamp(min=1)[:, None]
-    kept = counts > 1
-    shares = (kept / (counts - 1).clamp(min=1) / kept.sum()).double()  # of an image of each class
-    within, whole = torch.zeros(2, size, size, dtype=torch.float64, device=mean.device)
-    for z, y in blocks():
-        within += (z - means[y]).T @ ((z - means[y]) * shares[y, None])
-        whole += (z - mean).T @ (z - mean) / (len(tower) - 1)
-    inverse, centres = _inverse(within, method), means[kept] - mean
-    inverse_of_all = _inverse(whole, method) if relative else torch.zeros_like(whole)
-
-    def score(logits: Tensor) -> Tensor:
-        centred = logits.double() - mean
-        of_all = ((centred @ inverse_of_all) * centred).sum(dim=1, keepdim=True)
-        squares = ((centred @ inverse) * centred).sum(dim=1, keepdim=True)
-        squares = squares - 2 * centred @ inverse @ centres.T + ((centres @ inverse) * centres).sum(dim=1)
-        return -(squares - of_all).amin(dim=1).float()
-
-    return score
-
-
-def nearest_cosine(train: Rows) -> Callable[[Tensor], Tensor]:
-    """Tower outputs [B, W] -> cosine [B] to the nearest training image, of the outputs as they are (1NN)."""
-
-    def score(tower: Tensor) -> Tensor:
-        images = F.normalize(tower.float(), dim=1)
-        blocks = (train[start : start + _BANK] for start in range(0, len(train), _BANK))
-        nearest = [(images @ F.normalize(block.float(), dim=1).T).amax(dim=1) for block in blocks]
-        return torch.stack(nearest).amax(dim=0)
-
-    return score
-
-
 def _check(tower: Rows, labels: Tensor, num_classes: int) -> None:
     count = len(tower)
     if len(tower.shape) != 2 or count < 2:
@@ -222,13 +168,13 @@ def _moments(tower: Rows) -> tuple[Tensor, Tensor]:
     first = tower[:1].double()[0]
     total, squares = torch.zeros_like(first), torch.zeros_like(first)
     for start in range(0, len(tower), _ROWS):
-        block = tower[start : start + _ROWS].double()
-        if not block.isfinite().all():
-            row = start + int((~block.isfinite().all(dim=1)).nonzero()[0])
+        differences = tower[start : start + _ROWS].double() - first
+        if not differences.sum().isfinite():
+            row = start + int((~differences.isfinite().all(dim=1)).nonzero()[0])
             hint = "; with features.dtype=float16, try float32" if tower[:1].dtype == torch.float16 else ""
             raise ValueError(f"probe: the outputs of training image number {row} hold NaN or infinity{hint}")
-        total += (block - first).sum(dim=0)
-        squares += (block - first).square().sum(dim=0)
+        total += differences.sum(dim=0)
+        squares += differences.square_().sum(dim=0)
     count = len(tower)
     std = ((squares - total.square() / count) / (count - 1)).clamp(min=0).sqrt()
     return first + total / count, torch.where(std == 0, torch.ones_like(std), std)
@@ -301,12 +247,3 @@ def _minimise(
 def _progress(steps: Iterator[Tensor] | Sequence[Tensor] | None, total: int | None) -> tqdm:
     disable = None if is_main() else True  # None: where there is no terminal
     return tqdm(steps, total=total, desc="probe", unit="step", disable=disable, leave=False)
-
-
-def _inverse(covariance: Tensor, method: str) -> Tensor:
-    """The plain inverse; raises ValueError if there is none."""
-    variances = torch.linalg.eigvalsh(covariance)
-    if variances[0] <= _SINGULAR * variances[-1]:
-        reason = "too few or too alike images, or probe.solver=lbfgs, whose optimal weights sum to 0 over the classes"
-        raise ValueError(f"{method}: the covariance of the probe's {len(covariance)} logits is singular: {reason}")
-    return torch.linalg.inv(covariance)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipn.config.schema import EvalConfig, ProbeConfig
@@ -26,16 +25,15 @@ from clipn.methods.probe import (
     Rows,
     draw_shots,
     fit_probe,
-    logit_distances,
-    nearest_cosine,
     pseudo_labels,
     stored_probe,
 )
+from clipn.methods.probe_scores import logit_distances, nearest_cosine, probe_atd, probe_ctw, probe_energy_clipn
 from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head, class_weights
 from clipn.runtime.distributed import is_main
-from clipn.scores import SCORES, energy, l1, max_logit, mcm, msp, p_yes
+from clipn.scores import SCORES, energy, l1, max_logit, mcm, msp
 
 log = logging.getLogger(__name__)
 
@@ -164,25 +162,8 @@ def _distances(kind: str, relative: bool, inputs: MethodInputs) -> Callable[...,
     return lambda logits, features: score(logits)
 
 
-def _probe_ctw(inputs: MethodInputs) -> Callable[..., Tensor]:
-    def score(logits: Tensor, features: Tensor) -> Tensor:
-        """p_yes of the class that the probe predicts."""
-        return p_yes(*inputs.head(features, inputs.scale)).gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
-
-    return score
-
-
-def _probe_atd(inputs: MethodInputs) -> Callable[..., Tensor]:
-    return lambda z, features: (z.softmax(dim=1) * p_yes(*inputs.head(features, inputs.scale))).sum(dim=1)
-
-
-def _probe_energy_clipn(inputs: MethodInputs) -> Callable[..., Tensor]:
-    def score(logits: Tensor, features: Tensor) -> Tensor:
-        yes, no = inputs.head(features, inputs.scale)
-        top = logits.argmax(dim=1, keepdim=True)
-        return energy(logits) + F.logsigmoid((yes - no).gather(1, top)).squeeze(1)
-
-    return score
+def _with_clipn(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[MethodInputs], Callable[..., Tensor]]:
+    return lambda inputs: lambda logits, features: score(logits, *inputs.head(features, inputs.scale))
 
 
 def _probe_methods(kind: str, needs: tuple[str, ...]) -> dict[str, Method]:
@@ -214,9 +195,9 @@ METHODS: dict[str, Method] = {
     "1NN": Method(lambda x: _of_logits(nearest_cosine(x.train_tower))(x), _PLP, "tower"),
     **_probe_methods("PLP", _PLP),
     **_probe_methods("LP", _LP),
-    "PLP+CTW": Method(_probe_ctw, _PLP, "PLP"),
-    "PLP+ATD": Method(_probe_atd, _PLP, "PLP"),
-    "PLP-Energy+CLIPN": Method(_probe_energy_clipn, _PLP, "PLP"),
+    "PLP+CTW": Method(_with_clipn(probe_ctw), _PLP, "PLP"),
+    "PLP+ATD": Method(_with_clipn(probe_atd), _PLP, "PLP"),
+    "PLP-Energy+CLIPN": Method(_with_clipn(probe_energy_clipn), _PLP, "PLP"),
 }
 METHOD_NAMES = (*SCORES, *METHODS)
 _SETTINGS = {
