@@ -242,7 +242,10 @@ def fit_once(mode: str, device: torch.device) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(PROBE_CLASSES, (PROBE_IMAGES,), generator=generator)
     tower = torch.randn(PROBE_CLASSES, PROBE_WIDTH, generator=generator)[labels]
-    tower = (tower + 6 * torch.randn(PROBE_IMAGES, PROBE_WIDTH, generator=generator)).half().to(device)
+    tower += 6 * torch.randn(PROBE_IMAGES, PROBE_WIDTH, generator=generator)
+    tower *= torch.arange(1, PROBE_WIDTH + 1) ** -0.5  # correlated dimensions, as those of an image tower
+    rotation = torch.linalg.qr(torch.randn(PROBE_WIDTH, PROBE_WIDTH, generator=generator)).Q
+    tower = (tower @ rotation).half().to(device)
     settings = ProbeConfig(epochs=PROBE_EPOCHS)
     result: dict[str, Any] = {"mode": mode, "batch_size": PROBE_IMAGES}
     if mode == "probe":
