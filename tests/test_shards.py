@@ -231,7 +231,8 @@ def scans(monkeypatch) -> list[str]:
     """The names of the shards that are scanned."""
     names, scan = [], clipn.data.shards.scan_shard
     monkeypatch.setattr(clipn.data.shards, "scan_shard", lambda path: names.append(path.name) or scan(path))
-    monkeypatch.setattr(clipn.data.shards, "scan_pool", lambda workers: nullcontext(SimpleNamespace(map=map)))
+    pool = nullcontext(SimpleNamespace(map=map))
+    monkeypatch.setattr(clipn.data.shards, "ProcessPoolExecutor", lambda *_, **__: pool)
     return names
 
 
