@@ -1,7 +1,5 @@
 """What a training run optimises: CLIPN's no tower, or the base CLIP itself, and its loss on a batch."""
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any, Protocol
@@ -35,13 +33,12 @@ class Objective(Protocol):
     architecture: Architecture
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """Compute on the device what this rank's share of a global batch needs once and without a gradient."""
+        """Compute on the device what this rank's share of a batch needs once, without a gradient."""
 
     def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         """The part of these rows of a prepared batch in the loss and in its logged terms.
 
-        `trained` is self.trained, wrapped for many ranks or not. Summed over rows, the mean over ranks is the loss of
-        the whole global batch.
+        `trained` is self.trained, wrapped for many ranks or not. The loss is the sum over rows, averaged over ranks.
         """
 
     def after_step(self) -> None:
@@ -149,9 +146,8 @@ class ClipObjective:
         self.base = sync_batch_norm(base.to(device).train(), device)
         # A logit bias cancels in the softmax, and a caption decoder has no part in this loss.
         base.requires_grad_(False)
-        for part in (base.visual, base.text):
+        for part in (base.visual, base.text, base.logit_scale):
             part.requires_grad_(True)
-        base.logit_scale.requires_grad_(True)
         if config.train.grad_checkpointing:
             base.set_grad_checkpointing(True)
         if config.train.compile:
@@ -191,8 +187,7 @@ class _Towers(nn.Module):
         self.base = base
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image = self.base.encode_image(images, normalize=True)
-        text = text_features(self.base.text, tokens)
+        image, text = self.base.encode_image(images, normalize=True), text_features(self.base.text, tokens)
         return image, text, self.base.logit_scale.exp()
 
 
@@ -203,10 +198,8 @@ def sync_batch_norm(trained: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return convert_sync_batchnorm(trained)
     log.warning(
-        "the model has BatchNorm layers, and on the %s each of the %d ranks normalises by its own share of a batch: "
-        "the result depends on the number of ranks",
-        device.type,
-        world_size(),
+        f"the model has BatchNorm layers, and on the {device.type} each of the {world_size()} ranks normalises by its "
+        "own share of a batch: the result depends on the number of ranks"
     )
     return trained
 
