@@ -7,6 +7,7 @@ import pickle
 import tarfile
 from dataclasses import replace
 from itertools import repeat
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,8 +41,7 @@ def known(monkeypatch):
 @pytest.fixture
 def downloads(tmp_path):
     """The folder for archives that are put there by hand; the root of the sets is tmp_path."""
-    (tmp_path / "downloads").mkdir()
-    return tmp_path / "downloads"
+    return write_images(tmp_path / "downloads")
 
 
 def md5(content: bytes) -> str:
@@ -84,40 +84,35 @@ def test_a_failed_download_leaves_no_file(server, tmp_path, monkeypatch, name, c
 
 
 def test_tar_and_zip_are_unpacked_without_the_additions_of_macos(tmp_path):
-    for archive in (
-        write_tar(tmp_path / "a.tar", MEMBERS),
-        write_zip(tmp_path / "a.zip", MEMBERS | {"__MACOSX/._1.jpg": b""}),
-    ):
-        folder = tmp_path / archive.suffix
-        unpack(archive, folder)
+    for write in (write_tar, write_zip):
+        folder = tmp_path / write.__name__
+        unpack(write(tmp_path / "archive", MEMBERS | {"__MACOSX/._1.jpg": b""}), folder)
         assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg")) == sorted(MEMBERS)
 
 
 def test_an_archive_with_a_path_outside_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
     with tarfile.open(tmp_path / "link.tar", "w") as archive:
-        link = tarfile.TarInfo("link")
-        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
-        archive.addfile(link)
+        archive.add(tmp_path / "link", "link")
         archive.addfile(tarfile.TarInfo("link/evil.txt"))
-    bad = [
-        write_tar(tmp_path / "up.tar", {"../../evil.txt": b"x"}),
-        write_zip(tmp_path / "up.zip", {"../../evil.txt": b"x"}),
-        write_zip(tmp_path / "root.zip", {f"{tmp_path}/evil.txt": b"x"}),
-        tmp_path / "link.tar",
-    ]
-    for archive in bad:
-        with pytest.raises(ValueError, match=archive.name):
-            unpack(archive, tmp_path / "deep" / "er")
+    write_tar(tmp_path / "up.tar", {"../../evil.txt": b"x"})
+    write_zip(tmp_path / "up.zip", {"../../evil.txt": b"x"})
+    write_zip(tmp_path / "root.zip", {f"{tmp_path}/evil.txt": b"x"})
+    for name in ("link.tar", "up.tar", "up.zip", "root.zip"):
+        with pytest.raises(ValueError, match=name):
+            unpack(tmp_path / name, tmp_path / "deep" / "er")
     assert not list(tmp_path.rglob("evil.txt"))
 
 
 @pytest.mark.parametrize("name", ["page.tar.gz", "cut.tar.gz", "cut.zip"])
 def test_a_broken_archive_is_named(tmp_path, name):
     path, noise = tmp_path / name, {"noise": np.random.default_rng(0).bytes(100_000)}
-    whole = write_zip(path, noise).read_bytes()
-    if name == "cut.tar.gz":
-        whole = gzip.compress(write_tar(path, noise).read_bytes())
-    path.write_bytes(b"<html>please log in</html>" if name == "page.tar.gz" else whole[: len(whole) // 2])
+    whole = {
+        "page.tar.gz": b"<html>please log in</html>" * 2,
+        "cut.tar.gz": gzip.compress(write_tar(path, noise).read_bytes()),
+        "cut.zip": write_zip(path, noise).read_bytes(),
+    }[name]
+    path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=rf"{name}: not a complete tar or zip file, delete it"):
         unpack(path, tmp_path / "out")
 
@@ -136,13 +131,6 @@ def test_a_set_is_downloaded_unpacked_checked_and_moved_into_place(known, server
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["downloads", "sets"], "no leftovers"
     server.files.clear()
     prepare("small", tmp_path / "data")  # nothing is downloaded again
-
-
-def test_a_file_url_works(known, tmp_path):
-    archive = write_tar(tmp_path / "small.tar", {name.removeprefix("wrap/set/"): IMAGE for name in MEMBERS})
-    known(archive="small.tar", url=archive.as_uri(), inside="no such folder in it")
-    prepare("small", tmp_path / "data")
-    assert len(open_image_set("small", tmp_path / "data" / "sets" / "small")) == 4
 
 
 def test_an_archive_put_there_by_hand_is_used_if_it_is_the_published_one(known, downloads, tmp_path):
@@ -170,7 +158,8 @@ def test_an_incomplete_set_is_an_error(known, tmp_path):
 
 
 def test_one_set_that_fails_does_not_stop_the_others(known, tmp_path, capsys):
-    known(archive="small.tar", url=write_tar(tmp_path / "x.tar", MEMBERS).as_uri(), inside="wrap/set")
+    archive = write_tar(tmp_path / "x.tar", {name.removeprefix("wrap/set/"): IMAGE for name in MEMBERS})
+    known(archive="small.tar", url=archive.as_uri(), inside="no such folder in it")
     known("other", archive="other.zip", folder="other", terms="ask them")
     with pytest.raises(ValueError, match="not ready: other$"):
         run_prepare(["other", "small"], tmp_path)
@@ -287,12 +276,11 @@ def test_arrays_become_class_folders_once_with_the_same_pixels(known, tmp_path, 
 
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
     arrays = Arrays((Image.new("RGB", (8, 8), colour), n % 2) for n, colour in enumerate(colours))
-    calls = []
     known("cifar10")
-    monkeypatch.setitem(module.ARRAYS, "cifar10", lambda folder: calls.append(folder) or arrays)
+    monkeypatch.setitem(module.ARRAYS, "cifar10", Mock(return_value=arrays))
     for _ in range(2):
         prepare("cifar10", tmp_path)
-    assert calls == [tmp_path / "downloads"]
+    module.ARRAYS["cifar10"].assert_called_once_with(tmp_path / "downloads")
     folder = tmp_path / "cifar10" / "test"
     assert {name: Image.open(folder / name).getpixel((3, 3)) for name in content(folder)} == {
         "airplane/00000.png": (255, 0, 0),
@@ -334,11 +322,8 @@ def test_cifar_as_published(known, server, tmp_path, monkeypatch):
     assert (images.classes, images.labels) == (["airplane", "cat"], [0, 0, 1, 1])
 
 
-def test_arrays_that_are_not_the_published_ones_are_refused(known, tmp_path, monkeypatch):
-    def corrupted(folder):
-        raise RuntimeError("Dataset not found or corrupted.")
-
-    monkeypatch.setitem(module.ARRAYS, "cifar10", corrupted)
+def test_arrays_that_are_not_the_published_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(module.ARRAYS, "cifar10", Mock(side_effect=RuntimeError("Dataset not found or corrupted.")))
     with pytest.raises(ValueError, match=r"downloads: Dataset not found or corrupted"):
         prepare("cifar10", tmp_path)
     assert not (tmp_path / "cifar10").exists()
