@@ -10,9 +10,6 @@ def names(images) -> list[str]:
     return [path.relative_to(images.root).as_posix() for path in images.paths]
 
 
-# Folders
-
-
 def test_class_folders_are_labels_in_order(tmp_path):
     write_images(tmp_path, "owl/x/y/1.png", "cat/2/a.jpg", "cat/1.webp", "night owl/ä.JPEG", "日本/1.bmp")
     images = open_image_set("mine", tmp_path)
@@ -89,9 +86,6 @@ def test_unreadable_images_leave_a_set(tmp_path):
     images = open_image_set("mine", write_images(tmp_path, "a/1.png", "a/2.png", "b/1.png"))
     kept = images.without([1])
     assert (names(kept), kept.labels, kept.left_out) == (["a/1.png", "b/1.png"], [0, 1], [tmp_path / "a" / "2.png"])
-
-
-# What a config can say
 
 
 def test_every_form_of_a_set(tmp_path):

@@ -68,8 +68,6 @@ def test_image_files_are_decoded_in_order(tmp_path):
     assert not torch.equal(files[0]["image"], files[1]["image"])
 
 
-# Transforms
-
 HALF = default_preprocess(16) | {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 

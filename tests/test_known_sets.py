@@ -30,9 +30,6 @@ def small(monkeypatch):
     return _small
 
 
-# The table
-
-
 def test_every_set_has_a_place_and_a_source():
     for name, known in KNOWN_SETS.items():
         assert known.images > 0 and known.page.startswith("http") and known.example, name
@@ -57,9 +54,6 @@ def test_imagenet_100_has_a_name_for_each_of_its_folders(monkeypatch):
     assert (words["n02134084"], words["n13052670"]) == ("polar bear", "hen of the woods mushroom")
     names = load_class_names(load_config("configs/eval_imagenet100.yaml").eval.class_names, subset)
     assert len(set(names)) == 100 and names[:2] == ["stingray", "ostrich"]
-
-
-# Opening one
 
 
 def test_a_flat_set_opens_at_any_depth(small, tmp_path):
@@ -118,9 +112,6 @@ def test_a_config_names_a_known_set_beside_its_path(small, tmp_path):
             open_image_sets({"all": {"path": root, "known": wrong}}, "eval.ood")
     with pytest.raises(ValueError, match=r"eval\.ood\.all.*path with known"):
         open_image_sets({"all": {"known": "small"}}, "eval.ood")
-
-
-# The protocols
 
 
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)

@@ -19,8 +19,6 @@ from clipn.data.prompts import (
     simple_templates,
 )
 
-# The templates of the published results
-
 
 def test_there_are_128_in_literal_quotes():
     templates = clipn_release_templates()
@@ -46,9 +44,6 @@ def test_the_second_half_has_with_for_of():
     for text in ("a bad photo of a {}.", "a bad photo with a {}.", "a {} appearing in a video game."):
         assert f"'{text}'" in templates
     assert "'a photo with one {}.'" in templates, "only the words between spaces"
-
-
-# Negations
 
 
 @pytest.mark.parametrize(
@@ -85,9 +80,6 @@ def test_filling_inserts_the_text_as_it_is(before, text):
     assert fill(before + " {} {0} }{", text) == f"{before} {text} {{0}} }}{{"
 
 
-# Reading templates
-
-
 def test_templates_by_name_from_a_file_and_from_a_list(tmp_path):
     assert load_templates("clipn-release") == clipn_release_templates()
     assert load_templates("openai") == openai_templates() and load_templates("simple") == simple_templates()
@@ -112,8 +104,6 @@ def test_templates_of_a_wrong_form_are_refused(value):
     with pytest.raises(ValueError, match="expected a list"):
         check_templates("a {}")
 
-
-# Class names
 
 FOLDERS = ["n01", "n02", "night_owl"]
 WORDS = {"night_owl": "owl, night bird", "n02": "dög", "n01": "cat", "n03": "not asked for"}

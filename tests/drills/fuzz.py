@@ -214,11 +214,9 @@ def check_pairs(pairs, contents: list[set[bytes]] | None = None) -> None:
             alone.append(error.cause)
             continue
         if contents:
-            members, pair = contents[pairs.index.shard[number]], pairs[number]
+            members, pair, is_json = contents[pairs.index.shard[number]], pairs[number], pairs.index.text_is_json
             assert pair.image in members, f"the image of pair {number} is no member"
-            assert pairs.index.text_is_json[number] or pair.caption.encode() in members, (
-                f"caption {number} is no member"
-            )
+            assert is_json[number] or pair.caption.encode() in members, f"caption {number} is no member"
     for number, own in enumerate(alone):
         try:
             sample = dataset[(0, number)]
