@@ -1,7 +1,5 @@
 """What the tests share: small models, test servers and the golden model."""
 
-from __future__ import annotations
-
 import json
 import logging
 import lzma
@@ -29,7 +27,6 @@ from clipn.training.loop import train
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"  # optional: real photos beside the project
 
 VISION = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

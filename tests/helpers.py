@@ -1,7 +1,5 @@
 """What several test files need: small images, shards and image folders."""
 
-from __future__ import annotations
-
 import io
 import multiprocessing
 import os

@@ -12,9 +12,8 @@ Each row of the table says what happened, and whether the final weights are, bit
 as many ranks.
 """
 
-from __future__ import annotations
-
 import argparse
+import functools
 import os
 import random
 import resource
@@ -47,7 +46,7 @@ Result = tuple[str, bool]  # what happened, and whether nothing was lost
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module. Returns the number of faults after which a run differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(FAULTS))
+    parser.add_argument("faults", nargs="*", metavar="FAULT", default=[*FAULTS], help=", ".join(FAULTS))
     parser.add_argument("--times", type=int, default=20, help="number of signals of kill, stop and extract")
     parser.add_argument("--pairs", type=int, default=4000, help="pairs that the run trains on")
     parser.add_argument("--seed", type=int, default=0, help="of the random times")
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         drill = Drill(Path(folder), arguments.times, arguments.pairs, random.Random(arguments.seed))
         print("| fault | what happened | final weights |\n| --- | --- | --- |", flush=True)
-        for name in arguments.faults or FAULTS:
+        for name in arguments.faults:
             text, same = FAULTS[name](drill)
             failures += not same
             print(f"| {name} | {text} | {'the same bits' if same else 'DIFFERENT'} |", flush=True)
@@ -74,7 +73,6 @@ class Drill:
         self.folder, self.times, self.random = folder, times, times_of_signals
         self.settings = [*SETTINGS, f"world.root={folder}/world", f"world.num_pairs={pairs}"]
         make_toy(folder / "world", pairs, images_per_class=1, seed=0, image_size=32)
-        self.undisturbed: dict[str, tuple[dict, float]] = {}  # by kind of run: its weights, and its seconds
 
     def start(self, run: str, *words: str, ranks: int = 1, file_size: int | None = None) -> subprocess.Popen:
         """Start or resume a run; file_size: the bytes after which writing a file fails."""
@@ -84,25 +82,11 @@ class Drill:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
 
-        command = [
-            sys.executable,
-            "-m",
-            "clipn",
-            "train",
-            "toy",
-            f"run.dir={self.folder / run}",
-            *self.settings,
-            *words,
-        ]
-        return subprocess.Popen(
-            [*command, *self.settings, *words],
-            cwd=ROOT,
-            env=os.environ | {"NPROC": str(ranks)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=limit,
-        )
+        command = [sys.executable, "-m", "clipn", "train", "toy", f"run.dir={self.folder / run}"]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = os.environ | {"NPROC": str(ranks)}
+        command += [*self.settings, *words]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=limit, **output)
 
     def finish(self, run: str, *words: str, ranks: int = 1) -> None:
         """Run the same command undisturbed to its end."""
@@ -111,14 +95,12 @@ class Drill:
         if process.returncode:
             raise RuntimeError(f"exit code {process.returncode} without a fault: {output[-2000:]}")
 
+    @functools.cache  # noqa: B019
     def expected(self, *words: str, ranks: int = 1) -> tuple[dict, float]:
         """The weights of such a run when undisturbed, and its seconds."""
-        run = f"undisturbed_{ranks}{'_features' if words else ''}"
-        if run not in self.undisturbed:
-            began = time.monotonic()
-            self.finish(run, *words, ranks=ranks)
-            self.undisturbed[run] = self.weights(run), time.monotonic() - began
-        return self.undisturbed[run]
+        run, began = f"undisturbed_{ranks}{'_features' if words else ''}", time.monotonic()
+        self.finish(run, *words, ranks=ranks)
+        return self.weights(run), time.monotonic() - began
 
     def weights(self, run: str) -> dict:
         return read_checkpoint(last_checkpoint(self.folder / run))["state_dict"]
@@ -145,7 +127,7 @@ class Drill:
         return process
 
     def kill_at(self, run: str, steps: int) -> int:
-        """Start a run and kill it once it has logged some steps; returns the step of its newest checkpoint."""
+        """Kill a run once it has logged some steps; returns the step of its newest checkpoint."""
         process = self.start_until(run, steps)
         process.kill()
         process.communicate()
