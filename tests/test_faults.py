@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_clipn
-from helpers import files, jpeg_bytes, numbered_samples, write_shard
+from helpers import files, image_bytes, numbered_samples, write_shard
 from test_train import assert_same, metrics, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,18 +36,16 @@ def killed(config_file, monkeypatch):
     """The config of a run that was killed when it was about to take a step, counted from 0."""
 
     def _killed(step, *words):
-        config = load_config(config_file, words)
-        with monkeypatch.context() as patch:
-            prepare = ClipnObjective.prepare
+        config, prepare = load_config(config_file, words), ClipnObjective.prepare
 
-            def prepared(self, batch, number):
-                if number == step:
-                    raise MemoryError
-                return prepare(self, batch, number)
+        def prepare_or_fail(self, batch, number):
+            if number == step:
+                raise MemoryError
+            return prepare(self, batch, number)
 
-            patch.setattr(ClipnObjective, "prepare", prepared)
-            with pytest.raises(MemoryError):
-                train(config)
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(ClipnObjective, "prepare", prepare_or_fail)
+            train(config)
         return config
 
     return _killed
@@ -66,10 +64,9 @@ def test_a_stop_request_ends_workers_whose_reads_stall(config_file, straight, mo
         return read(self, item)
 
     config = load_config(config_file, ["data.workers=2"])
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="by signal 15 after step [0-3] of 6"):
         patch.setattr(PairDataset, "__getitem__", stall_in_epoch_1)
-        with pytest.raises(Interrupted, match="stopped by signal 15 after step [0-3] of 6"):
-            train(config)
+        train(config)
     assert not multiprocessing.active_children()
     assert_same(weights(train(config)), straight["clipn"])
 
@@ -133,10 +130,9 @@ def test_a_full_disk_stops_the_run_and_loses_no_checkpoint(config_file, straight
         sync(descriptor)
 
     folder = last_checkpoint(config.run.dir).parent
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(clipn.runtime.files.os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            train(config)
+        train(config)
     assert files(folder) == ["epoch_1.pt", "last.pt", "step_2.pt", "step_3.pt"]
     assert newest_checkpoint(folder)[1]["training"]["step"] == 3
     assert_same(weights(train(config)), straight["clipn"])
@@ -200,7 +196,7 @@ def damage(config_file: Path, count: int, more=None, **parts: bytes) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_and_missing_pairs_are_logged_by_cause_in_every_epoch(config_file, caplog, workers):
-    damage(config_file, 1, txt=b" ", more={"x": {"jpg": jpeg_bytes()}, "y": {"txt": b"alone"}})
+    damage(config_file, 1, txt=b" ", more={"x": {"jpg": image_bytes()}, "y": {"txt": b"alone"}})
     caplog.set_level(logging.INFO)
     config = load_config(config_file, [f"data.workers={workers}", "train.batch_size=20", "data.max_bad_fraction=0.2"])
     train(config)

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers import captions, jpeg_bytes, messages, numbered_samples, png_header, read, spell, write_images, write_shard
+from helpers import (
+    captions,
+    image_bytes,
+    messages,
+    numbered_samples,
+    png_header,
+    read,
+    spell,
+    write_images,
+    write_shard,
+)
 
 import clipn.data.pairs
 from clipn.config.schema import Config, DataConfig
@@ -11,7 +21,7 @@ from clipn.data.pairs import EpochBatches, open_pairs, training_loader
 from clipn.data.shards import CAUSES
 from clipn.runtime.random import stream
 
-JPG = jpeg_bytes()
+JPG = image_bytes()
 HUGE = png_header(60_000, 60_000)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import pandas as pd
@@ -72,8 +73,7 @@ def train_with_a_stalled_rank(config_file: Path, words: list[str]) -> None:
         batches = iter(loader)
 
         def some():
-            yield next(batches)
-            yield next(batches)
+            yield from islice(batches, 2)
             if rank() == 1:
                 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
                 threading.Event().wait()
@@ -85,8 +85,7 @@ def train_with_a_stalled_rank(config_file: Path, words: list[str]) -> None:
     clipn.training.loop.training_loader = stalled
     with pytest.raises(Interrupted) as stopped:
         train_rank(config_file, words)
-    reason = f"signal {int(signal.SIGTERM)}" if rank() == 1 else "another rank's signal"
-    Path(config_file).with_name(f"stopped_{os.environ['RANK']}").write_text(f"{reason} {stopped.value}")
+    Path(config_file).with_name(f"stopped_{os.environ['RANK']}").write_text(str(stopped.value))
 
 
 def test_a_stop_request_to_a_rank_without_data_stops_all_and_one_process_resumes(config_file, uneven, tmp_path, caplog):

@@ -11,13 +11,13 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
-from helpers import captions, image_bytes, jpeg_bytes, messages, numbered_samples, write_shard, write_tar
+from helpers import captions, image_bytes, messages, numbered_samples, write_shard, write_tar
 
 import clipn.data.shards
 from clipn.data.pairs import open_pairs
 from clipn.data.shards import BadPair, ShardPairs
 
-JPG = jpeg_bytes()
+JPG = image_bytes()
 
 
 def indexed(path) -> ShardPairs:
@@ -33,7 +33,7 @@ def shard_of(tmp_path, members: dict[str, bytes]) -> ShardPairs:
 
 def test_images_of_every_kind_and_their_captions(tmp_path):
     images = {"a.jpg": JPG, "b.png": image_bytes(kind="PNG"), "c.webp": image_bytes(kind="WEBP")}
-    images |= {"d.JPEG": jpeg_bytes((1, 2, 3))}
+    images |= {"d.JPEG": image_bytes((1, 2, 3))}
     pairs = shard_of(tmp_path, images | {f"{name[0]}.txt": f"un café {name[0]}".encode() for name in images})
     assert [pairs[n].image for n in range(len(pairs))] == list(images.values())
     assert captions(pairs) == ["un café a", "un café b", "un café c", "un café d"]
@@ -49,7 +49,7 @@ def test_shards_follow_each_other(tmp_path, settings, caplog):
 
 
 def test_a_sample_is_the_members_of_one_name_and_folder_wherever_they_are(tmp_path):
-    blue = jpeg_bytes((0, 0, 9))
+    blue = image_bytes((0, 0, 9))
     members = {"2.txt": b"two", "p/1.jpg": JPG, "notes.md": b"?", "2.jpg": blue, "q/1.jpg": blue, "q/1.txt": b"in q"}
     pairs = shard_of(tmp_path, members | {"p/1.txt": b"in p"})
     assert {tuple(pairs[n]) for n in range(len(pairs))} == {(blue, "two"), (JPG, "in p"), (blue, "in q")}
@@ -63,7 +63,7 @@ def test_a_sample_without_image_or_caption_is_left_out_with_a_warning(tmp_path, 
 
 def test_the_first_of_duplicate_keys_counts(tmp_path, caplog):
     first = write_shard(tmp_path / "x.tar", numbered_samples(2))
-    second = write_shard(tmp_path / "second.tar", {"00000": {"jpg": jpeg_bytes((9, 9, 9)), "txt": b"again"}})
+    second = write_shard(tmp_path / "second.tar", {"00000": {"jpg": image_bytes((9, 9, 9)), "txt": b"again"}})
     content = first.read_bytes().rstrip(b"\0")
     first.write_bytes(content + bytes(-len(content) % 512) + second.read_bytes())
     pairs = indexed(first)

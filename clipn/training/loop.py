@@ -62,7 +62,7 @@ def _train(config: Config) -> None:
         epoch_batches(config, len(pairs))  # sizes that do not fit are an error before any weight is loaded
     resumed = find_resume(config)
     torch.manual_seed(config.run.seed)
-    objective: Objective = OBJECTIVES[config.train.objective](config, device)
+    objective = OBJECTIVES[config.train.objective](config, device)
     run = Run(config, objective, device, pairs)
     if resumed:
         objective.load(resumed["state_dict"], "train.resume")

@@ -40,6 +40,8 @@ EVERY = 10  # steps between checkpoints
 SETTINGS = ["base={}", "eval.id=null", "model.pretrained=null", "train.epochs=2", "train.batch_size=32"]
 SETTINGS += ["train.log_every_steps=1", f"train.checkpoint_every_steps={EVERY}", "features.part_size=256"]
 SETTINGS += ["world.images_per_class=1", "data.workers=0"]
+# Steps. A checkpoint waits for the one before, so a kill during a write loses the steps since that one.
+MAX_LOST = {signal.SIGKILL: 2 * EVERY, signal.SIGTERM: 0}
 Result = tuple[str, bool]  # what happened, and whether nothing was lost
 
 
@@ -151,8 +153,7 @@ def strike(drill: Drill, name: str, number: int, *words: str) -> Result:
             lost.append(drill.steps_logged(run) - drill.step(run))
         runs, same = runs + 1, same and process.returncode == 0 and drill.same(run, *words)
     text = f"{len(lost)} times in {runs} runs, codes {sorted(codes)}; {min(lost)} to {max(lost)} steps lost each time"
-    # A checkpoint waits for the one before, so a kill during a write loses the steps since that one.
-    return text, same and max(lost) <= (2 * EVERY if number == signal.SIGKILL else 0)
+    return text, same and max(lost) <= MAX_LOST[number]
 
 
 def full_disk(drill: Drill) -> Result:
@@ -175,27 +176,18 @@ def truncated(drill: Drill) -> Result:
     return text, 0 < after < before and drill.same("truncated")
 
 
-def rank(drill: Drill) -> Result:
-    process = drill.start_until("rank", 3 * EVERY, ranks=2)
+def two_ranks(drill: Drill, name: str, number: int, code: int) -> Result:
+    """Kill one of two ranks, or ask the command that started them to stop."""
+    process = drill.start_until(name, 3 * EVERY, ranks=2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(int(children[-1]) if number == signal.SIGKILL else process.pid, number)
     began = time.monotonic()
     output = process.communicate()[0]
-    seconds, lost = time.monotonic() - began, drill.steps_logged("rank") - drill.step("rank")
+    seconds, lost = time.monotonic() - began, drill.steps_logged(name) - drill.step(name)
     message = [line for line in output.splitlines() if line.startswith("error: rank")][-1:]
-    drill.finish("rank", ranks=2)
+    drill.finish(name, ranks=2)
     text = f"exit code {process.returncode} after {seconds:.0f} s, {lost} steps lost: {message}"
-    return text, process.returncode == FAILED and lost <= 2 * EVERY and drill.same("rank", ranks=2)
-
-
-def stop_ranks(drill: Drill) -> Result:
-    process = drill.start_until("stop-ranks", 3 * EVERY, ranks=2)
-    process.terminate()
-    process.communicate()
-    lost = drill.steps_logged("stop-ranks") - drill.step("stop-ranks")
-    drill.finish("stop-ranks", ranks=2)
-    text = f"exit code {process.returncode}, {lost} steps lost"
-    return text, process.returncode == RESUME and lost == 0 and drill.same("stop-ranks", ranks=2)
+    return text, process.returncode == code and lost <= MAX_LOST[number] and drill.same(name, ranks=2)
 
 
 FAULTS: dict[str, Callable[[Drill], Result]] = {
@@ -204,8 +196,8 @@ FAULTS: dict[str, Callable[[Drill], Result]] = {
     "full-disk": full_disk,
     "truncated": truncated,
     "extract": lambda drill: strike(drill, "extracted", signal.SIGKILL, "data.source=features"),
-    "rank": rank,
-    "stop-ranks": stop_ranks,
+    "rank": lambda drill: two_ranks(drill, "rank", signal.SIGKILL, FAILED),
+    "stop-ranks": lambda drill: two_ranks(drill, "stop-ranks", signal.SIGTERM, RESUME),
 }
 
 
