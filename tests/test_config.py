@@ -92,6 +92,8 @@ def test_image_sets_are_plain_dicts_and_lists_and_a_word_adds_one(write):
     assert type(config.eval.id["near"]) is dict and type(config.eval.ood) is list
     path = write("eval: {id: {cats: a}, ood: {dogs: b}}")
     assert load_config(path, ["eval.ood.owls=c"]).eval.ood == {"dogs": "b", "owls": "c"}
+    for word, value in {"[c,d]": ["c", "d"], "{owls: c}": {"owls": "c"}, "c": "c"}.items():  # the whole setting
+        assert load_config(path, [f"eval.ood={word}"]).eval.ood == value
 
 
 def test_saved_settings_are_read_back(write, tmp_path):

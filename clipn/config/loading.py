@@ -52,6 +52,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: {expected}, found {reprlib.repr(content)}")
     tree = _merge(OmegaConf.structured(Config), content, str(path))
     for word in overrides:
+        key = word.partition("=")[0]
+        if key in ("eval.id", "eval.ood", "eval.train"):  # replaced as a whole, also by a value of another kind
+            OmegaConf.update(tree, key, None)
         tree = _merge(tree, _parse_override(word), f"command line, {word}")
     config = _build(tree, str(path), overrides)
     config.model.name, config.eval.class_names = find_file(config.model.name), find_file(config.eval.class_names)
