@@ -143,12 +143,12 @@ def test_mixed_precision_is_near_full_precision(config_file, straight, precision
     assert_same(straight[objective], mixed, rtol=0.05, atol=0.01)
 
 
-def test_hand_crafted_variant_trains_on_negated_captions(config_file):
+def test_the_hand_crafted_variant_trains_on_negated_captions(config_file):
     words = ["model.num_prompts=0", "data.caption_templates=['a photo of {}','{}']", "train.epochs=1"]
     assert "prompt_no" not in weights(train(load_config(config_file, words)))
 
 
-def test_clip_objective_trains_the_base_and_serves_clipn(config_file, tmp_path):
+def test_the_clip_objective_trains_the_base_and_serves_clipn(config_file, tmp_path):
     words = ["train.objective=clip", "model.pretrained=null", f"run.dir={tmp_path}/base", "train.epochs=1"]
     base = train(load_config(config_file, words))
     assert not any("_no" in name.split(".")[0] for name in weights(base))
@@ -175,10 +175,12 @@ def test_every_family_trains(config_file, tmp_path, family):
 
 def test_weight_decay_spares_norms_biases_and_scalars():
     base, _ = build_base(architecture())
-    decayed, spared = (group["params"] for group in build_optimizer(base, TrainConfig()).param_groups)
-    names = {id(p): name for name, p in base.named_parameters()}
-    assert {names[id(p)] for p in spared} >= {"logit_scale", "text.ln_final.weight", "text.ln_final.bias"}
-    assert all(p.ndim >= 2 for p in decayed) and len(decayed) + len(spared) == len(names)
+    groups = build_optimizer(base, TrainConfig()).param_groups
+    names = {p: name for name, p in base.named_parameters()}
+    decayed, spared = ([names[p] for p in group["params"]] for group in groups)
+    assert {"logit_scale", "text.ln_final.weight", "text.ln_final.bias"} <= {*spared}
+    assert "text.text_projection" in decayed and {*decayed, *spared} == {*names.values()}
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
 
 
 def test_learning_rate_warms_up_then_follows_a_cosine_to_zero():
