@@ -39,13 +39,14 @@ class StopSignals:
 
     def next(self, iterator: Iterator) -> Any:
         """The iterator's next item, or None at its end or when a stop is requested before the item arrives."""
-        self._waiting = True
         try:
-            return None if self.received else next(iterator, None)
-        except KeyboardInterrupt:  # from _record
+            self._waiting = True
+            try:
+                return None if self.received else next(iterator, None)
+            finally:
+                self._waiting = False
+        except KeyboardInterrupt:  # from _record, also in the inner `finally`
             return None
-        finally:
-            self._waiting = False
 
     def _record(self, number: int, frame: Any) -> None:
         if self.received and time.monotonic() - self._received_at > _REPEAT_AFTER:
