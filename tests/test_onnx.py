@@ -8,7 +8,7 @@ import tarfile
 
 import pytest
 import torch
-from conftest import SHARED, write_clipn
+from conftest import write_clipn
 from helpers import files, write_images
 
 import clipn
@@ -22,7 +22,7 @@ for package in ("onnx", "onnxscript"):
     pytest.importorskip(package)
 onnxruntime = pytest.importorskip("onnxruntime")
 
-PHOTOS = SHARED / "data/photos/cifar10_test.tar"
+PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/photos/cifar10_test.tar"  # beside the project, if it is there
 NAMES = ["Käfer", "犬", "dog"]
 TEMPLATES = ["a photo of a {}."]
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
