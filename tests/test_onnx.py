@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ for package in ("onnx", "onnxscript"):
     pytest.importorskip(package)
 onnxruntime = pytest.importorskip("onnxruntime")
 
-PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/photos/cifar10_test.tar"  # beside the project, if it is there
+PHOTOS = Path(__file__).resolve().parents[2] / "shared/data/photos/cifar10_test.tar"  # optional, beside the project
 NAMES = ["Käfer", "犬", "dog"]
 TEMPLATES = ["a photo of a {}."]
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
