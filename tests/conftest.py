@@ -1,12 +1,14 @@
 """What the tests share: small models, test servers and the golden model."""
 
-from __future__ import annotations
-
 import json
 import logging
 import lzma
 import os
+import re
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,6 @@ from clipn.training.loop import train
 torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"  # optional: real photos beside the project
 
 VISION = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -88,6 +89,60 @@ def settings(tmp_path):
         return DataConfig(shards=shards, index_dir=str(tmp_path / "index"), workers=more.pop("workers", 0), **more)
 
     return _settings
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server, name, asked = self.server, self.path.strip("/").partition("?")[0], self.headers["Range"] or ""
+        server.requests.append(f"{self.command} {name} {asked}")
+        fault = next(server.faults.get(name, iter([])), None)
+        if isinstance(fault, float):
+            server.stalled.set()
+            server.over.wait(fault)
+        if name not in server.files or fault == "503":
+            return self.send_error(503 if fault else 404)
+        content = server.files[name]
+        if span := server.ranges and re.fullmatch(r"bytes=(\d+)-(\d+)", asked):
+            content = content[int(span[1]) : int(span[2]) + 1]
+        self.send_response(206 if span else 200)
+        for key, value in ({"Content-Length": str(len(content))} | server.headers).items():
+            if value:
+                self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(content[: len(content) // (2 if fault == "cut" else 1)] if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files`; the next requests for a file meet its `faults`: "503", "cut", or seconds to wait."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, Iterator[str | float | None]] = {}
+        self.headers = {"ETag": '"1"'}
+        self.ranges = True
+        self.requests: list[str] = []
+        self.stalled, self.over = threading.Event(), threading.Event()
+
+    def handle_error(self, *arguments) -> None:
+        """Ignores clients that stop reading."""
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+@pytest.fixture
+def server():
+    with Server() as made:
+        threading.Thread(target=made.serve_forever, args=(0.01,), daemon=True).start()
+        yield made
+        made.over.set()
+        made.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,5 @@
 """What several test files need: small images, shards and image folders."""
 
-from __future__ import annotations
-
-import hashlib
 import io
 import multiprocessing
 import os
@@ -32,10 +29,6 @@ def image_bytes(colour=(200, 30, 30), size=(24, 24), kind: str = "JPEG") -> byte
     return stream.getvalue()
 
 
-def jpeg_bytes(colour=(200, 30, 30), size=(24, 24)) -> bytes:
-    return image_bytes(colour, size, "JPEG")
-
-
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     """An uncompressed tar of these members, in this order."""
     with tarfile.open(path, "w") as archive:
@@ -54,10 +47,6 @@ def write_zip(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
 def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
     """A webdataset shard from {key: {extension: content}}."""
     return write_tar(
@@ -72,7 +61,7 @@ def numbered_samples(count: int, first: int = 0) -> dict[str, dict[str, bytes]]:
         return 2 * n % 256, n % 256, (255 - n) % 256
 
     numbers = range(first, first + count)
-    return {f"{n:05d}": {"jpg": jpeg_bytes(colour(n)), "txt": f"caption {n}".encode()} for n in numbers}
+    return {f"{n:05d}": {"jpg": image_bytes(colour(n)), "txt": f"caption {n}".encode()} for n in numbers}
 
 
 def write_images(folder: Path, *names: str) -> Path:

@@ -1,7 +1,5 @@
 """`clipn demo` in a real browser: images in, verdicts out, and no request to another machine."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 from collections.abc import Iterator
@@ -68,22 +66,17 @@ def browser() -> Iterator:
 
 
 @pytest.fixture
-def requested() -> list[str]:
-    """The addresses that the browser requests."""
-    return []
-
-
-@pytest.fixture
-def open_page(browser, url, requested):
-    """Open the page as a new visitor."""
+def open_page(browser, url):
+    """Open the page as a new visitor; each page has `requested`, the addresses that the browser requests."""
     contexts = []
 
     def open_page(**options):
         contexts.append(browser.new_context(**options))
         contexts[-1].set_default_timeout(20_000)
         page = contexts[-1].new_page()
-        page.on("request", lambda request: requested.append(request.url))
-        page.on("websocket", lambda channel: requested.append(channel.url))
+        page.requested = []
+        page.on("request", lambda request: page.requested.append(request.url))
+        page.on("websocket", lambda channel: page.requested.append(channel.url))
         page.goto(url)
         page.get_by_text("No images yet").wait_for()
         return page
@@ -114,7 +107,7 @@ def wait_for_verdicts(page, *classes: str) -> None:
     )
 
 
-def test_an_image_is_classified_again_when_classes_or_method_change(open_page, folder, requested, looked_up, url):
+def test_an_image_is_classified_again_when_classes_or_method_change(open_page, folder, looked_up, url):
     page = open_page()
     drop(page, folder / "my image.png")
     wait_for_verdicts(page, "lion")
@@ -128,8 +121,21 @@ def test_an_image_is_classified_again_when_classes_or_method_change(open_page, f
     page.get_by_label("Method").click()
     page.get_by_role("option", name="MSP").click()
     card.get_by_text("MSP gives a score, not a verdict").wait_for()
-    assert {urlsplit(address).netloc for address in requested} - {""} == {urlsplit(url).netloc}  # data: has no host
+    assert {urlsplit(address).netloc for address in page.requested} - {""} == {urlsplit(url).netloc}  # data: has none
     assert set(looked_up) == {"127.0.0.1"}
+
+
+def test_names_are_shown_as_typed_and_without_names_nothing_is_classified(open_page, folder):
+    page = open_page()
+    enter(page, " , ")
+    drop(page, folder / "my image.png")
+    page.get_by_text("Name at least one class").wait_for()
+    name = "<img src=x onerror=window.harmed=1> **b** `c` [d](e) $$f$$ {{g}}"
+    page.get_by_label("Class names").fill(name)
+    page.get_by_role("button", name="Classify").dispatch_event("click")  # unlike a click it keeps the focus
+    wait_for_verdicts(page, name)
+    assert page.evaluate("window.harmed") is None
+    assert page.get_by_text("A <b>note</b>").is_visible()
 
 
 def test_an_unreadable_file_is_reported_beside_the_others_without_a_server_path(open_page, folder):
@@ -140,26 +146,6 @@ def test_an_unreadable_file_is_reported_beside_the_others_without_a_server_path(
     assert error.startswith("not readable") and "format" in error and error.endswith("broken.jpg") and "/" not in error
     assert "my image.png" in card
     page.get_by_label("Remove this file").first.click()
-    wait_for_verdicts(page, "lion")
-
-
-def test_names_are_shown_as_typed(open_page, folder):
-    page = open_page()
-    drop(page, folder / "my image.png")
-    name = "<img src=x onerror=window.harmed=1> **b** `c` [d](e) $$f$$ {{g}}"
-    enter(page, name)
-    wait_for_verdicts(page, name)
-    assert page.evaluate("window.harmed") is None
-    assert page.get_by_text("A <b>note</b>").is_visible()
-
-
-def test_without_names_nothing_is_classified(open_page, folder):
-    page = open_page()
-    enter(page, " , ")
-    drop(page, folder / "my image.png")
-    page.get_by_text("Name at least one class").wait_for()
-    page.get_by_label("Class names").fill("lion")
-    page.get_by_role("button", name="Classify").dispatch_event("click")  # unlike a click it keeps the focus
     wait_for_verdicts(page, "lion")
 
 

@@ -92,16 +92,11 @@ def test_every_kind_of_input_is_the_same_image(detector, photos):
     results = [*detector.predict(kinds), *(detector.predict(kind) for kind in kinds)]
     with open(path, "rb") as file:
         results += [detector.predict(file), detector.predict(io.BytesIO(content))]
-    expected = detector.predict(path)
-    for result in results:
-        assert [result.score, result.p_yes] == close([expected.score, expected.p_yes])
-
-
-def test_a_grey_image_is_the_same_in_every_mode(detector):
+    assert scores(results) == close([detector.predict(path).score] * 22)
     grey = np.full((20, 30), 99, np.uint8)
-    as_colour = np.repeat(grey[..., None], 3, axis=2)
-    kinds = [grey, grey[..., None], as_colour, torch.from_numpy(grey)[None], Image.fromarray(grey)]
-    kinds.append(Image.fromarray(as_colour).convert("RGBA"))
+    colour = np.repeat(grey[..., None], 3, axis=2)
+    kinds = [grey, grey[..., None], colour, torch.from_numpy(grey)[None], Image.fromarray(grey)]
+    kinds.append(Image.fromarray(colour).convert("RGBA"))
     values = scores(detector.predict(kinds))
     assert values == close([values[0]] * 6)
 
@@ -176,16 +171,18 @@ def test_pipes_folders_and_text_files_are_unreadable(detector, photos, tmp_path)
 
 
 def test_a_pil_image_that_fails_while_it_is_decoded(detector, photos):
-    stream = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)).save(stream, "PNG")
-    content = bytearray(stream.getvalue())
-    content[content.rindex(b"IDAT")] = 0
+    content = bytearray(image_bytes(size=(300, 300), kind="PNG"))
+    content[content.rindex(b"IDAT") + 20] ^= 255
     broken, good = detector.predict([Image.open(io.BytesIO(content)), photos[0]], on_error="return")
-    assert isinstance(broken, ValueError) and good.score == close(detector.predict(photos[0]).score)
+    assert "PIL image: no readable image" in str(broken) and good.score == close(detector.predict(photos[0]).score)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 32])
 def test_an_error_takes_the_place_of_its_result(detector, photos, tmp_path, batch_size):
+    def failing():
+        yield from photos[:3]
+        raise OSError("the camera is disconnected")
+
     text = tmp_path / "text.jpg"
     text.write_text("these are words")
     mixed = [photos[0], text, photos[1], b"", photos[2]]
@@ -194,22 +191,11 @@ def test_an_error_takes_the_place_of_its_result(detector, photos, tmp_path, batc
     assert isinstance(results[1], ValueError) and "text.jpg" in str(results[1]) and isinstance(results[3], ValueError)
     assert scores(results[::2]) == close(expected)
     assert isinstance(detector.predict(text, on_error="return"), ValueError)
-    lazy = detector.predict(iter(mixed), batch_size=batch_size)
-    assert next(lazy).score == close(expected[0]), "the results before an error are returned"
-    with pytest.raises(ValueError, match="text.jpg"):
-        next(lazy)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 32])
-def test_the_results_before_an_error_of_the_iterator_are_returned(detector, photos, batch_size):
-    def failing():
-        yield from photos[:3]
-        raise OSError("the camera is disconnected")
-
-    results = detector.predict(failing(), batch_size=batch_size)
-    assert [next(results).label in NAMES for _ in range(3)] == [True] * 3
-    with pytest.raises(OSError, match="the camera is disconnected"):
-        next(results)
+    for images, results_before, message in ((mixed, 1, "text.jpg"), (failing(), 3, "the camera is disconnected")):
+        lazy = detector.predict(iter(images), batch_size=batch_size)
+        assert [next(lazy).score for _ in range(results_before)] == close(expected[:results_before])
+        with pytest.raises((ValueError, OSError), match=message):
+            next(lazy)
 
 
 @pytest.mark.parametrize(
@@ -219,11 +205,13 @@ def test_the_results_before_an_error_of_the_iterator_are_returned(detector, phot
         ([], {"batch_size": 0}, "batch_size=0"),
         (None, {}, "expected an image, or a list"),
         (3, {}, "expected an image, or a list"),
+        ([], {"keep": 1}, "at least one"),
+        (["x.png"], {"keep": 0.0}, "keep=0.0"),
     ],
 )
-def test_bad_arguments_of_predict_are_refused(detector, images, options, words):
+def test_bad_arguments_of_predict_and_calibrate_are_refused(detector, images, options, words):
     with pytest.raises(ValueError, match=words):
-        detector.predict(images, **options)
+        (detector.calibrate if "keep" in options else detector.predict)(images, **options)
 
 
 def test_calibration_keeps_the_requested_share(detector, photos):
@@ -236,12 +224,6 @@ def test_calibration_keeps_the_requested_share(detector, photos):
         assert sum(detector.predict(photo).is_ood for photo in photos) == ood, "also one by one"
     detector.set_classes(["horse", "cow"])
     assert detector.threshold is None, "a threshold belongs to its classes"
-
-
-@pytest.mark.parametrize("images, keep, words", [([], 0.95, "at least one"), (["x.png"], 0.0, "keep=0.0")])
-def test_bad_calibrations_are_refused(detector, images, keep, words):
-    with pytest.raises(ValueError, match=words):
-        detector.calibrate(images, keep=keep)
 
 
 def test_a_method_without_a_decision_requires_calibration(detector, photos):
@@ -320,10 +302,7 @@ def test_known_names_do_not_wait_for_new_ones(detector, photos, monkeypatch):
 @pytest.mark.parametrize(
     ("names", "options", "kind", "words"),
     [
-        *(
-            ([names, {}, ValueError, "class_names: expected a list"])
-            for names in ([], "cat", ["a", " "], ["a", 3], None)
-        ),
+        *((names, {}, ValueError, "class_names: expected a list") for names in ([], "cat", ["a", " "], ["a", 3], None)),
         (NAMES, {"method": "XYZ"}, ValueError, "'XYZ'.*CTW"),
         (NAMES, {"templates": "tmpl"}, FileNotFoundError, "templates='tmpl'.*simple"),
         (NAMES, {"device": "gpu"}, ValueError, "device='gpu'.*cuda"),
@@ -339,7 +318,7 @@ def test_one_class_and_very_many(detector, photos):
     single = detector.with_classes(["cat"]).predict(photos[0])
     assert single.top(3)[0].probability == 1 and single.score == close(single.p_yes)
     assert single.is_ood == (single.p_no > 0.5)
-    many = [f"thing number {n}" for n in range(2000)]
+    many = [f"thing number {n}" for n in range(600)]
     result = detector.with_classes(many, templates=["a {}."]).predict(photos[0])
     assert result.label in many and len(result.top(20)) == 20
 
@@ -366,7 +345,7 @@ def test_a_result_does_not_keep_its_batch(detector, photos):
     result.logits_yes.add_(1)  # not an inference tensor
 
 
-def test_preprocessed_tensors_are_accepted(detector, caplog):
+def test_a_tensor_that_looks_unprocessed_is_used_with_a_warning(detector, caplog):
     for grey in (0, 150, 255):
         image = Image.new("RGB", (64, 64), (grey, grey, grey))
         assert detector.predict(detector.preprocess(image)).score == close(detector.predict(image).score)

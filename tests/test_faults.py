@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_clipn
-from helpers import files, jpeg_bytes, numbered_samples, write_shard
+from helpers import files, image_bytes, numbered_samples, write_shard
 from test_train import assert_same, metrics, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,21 +33,19 @@ FEW = ["train.epochs=1"]
 
 @pytest.fixture
 def killed(config_file, monkeypatch):
-    """A config whose run was killed when it was about to take a step, counted from 0."""
+    """The config of a run that was killed when it was about to take a step, counted from 0."""
 
     def _killed(step, *words):
-        config = load_config(config_file, words)
-        with monkeypatch.context() as patch:
-            prepare = ClipnObjective.prepare
+        config, prepare = load_config(config_file, words), ClipnObjective.prepare
 
-            def prepared(self, batch, number):
-                if number == step:
-                    raise MemoryError
-                return prepare(self, batch, number)
+        def prepare_or_fail(self, batch, number):
+            if number == step:
+                raise MemoryError
+            return prepare(self, batch, number)
 
-            patch.setattr(ClipnObjective, "prepare", prepared)
-            with pytest.raises(MemoryError):
-                train(config)
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(ClipnObjective, "prepare", prepare_or_fail)
+            train(config)
         return config
 
     return _killed
@@ -66,10 +64,9 @@ def test_a_stop_request_ends_workers_whose_reads_stall(config_file, straight, mo
         return read(self, item)
 
     config = load_config(config_file, ["data.workers=2"])
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="by signal 15 after step [0-3] of 6"):
         patch.setattr(PairDataset, "__getitem__", stall_in_epoch_1)
-        with pytest.raises(Interrupted, match="stopped by signal 15 after step [0-3] of 6"):
-            train(config)
+        train(config)
     assert not multiprocessing.active_children()
     assert_same(weights(train(config)), straight["clipn"])
 
@@ -77,11 +74,22 @@ def test_a_stop_request_ends_workers_whose_reads_stall(config_file, straight, mo
 # Checkpoints
 
 
+def test_a_killed_run_loses_only_the_steps_after_its_checkpoint(killed, straight, caplog):
+    config = killed(5)
+    caplog.set_level(logging.INFO)
+    assert_same(weights(train(config)), straight["clipn"])
+    assert "step_4.pt" in caplog.text and "from step 4" in caplog.text
+
+
 def test_the_newest_and_every_mth_epochs_are_kept(config_file):
-    words = ["train.epochs=5", "train.checkpoint_every_steps=1"]
-    last = train(load_config(config_file, [*words, "train.keep_checkpoints=3", "train.keep_every_epochs=2"]))
+    words = ["train.epochs=5", "train.checkpoint_every_steps=1", "train.keep_checkpoints=3"]
+    config = load_config(config_file, [*words, "train.keep_every_epochs=2"])
+    folder = last_checkpoint(config.run.dir).parent
+    folder.mkdir(parents=True)
+    (folder / "step_9.pt.123.partial").write_bytes(b"of a killed run")
+    last = train(config)
     names = ["epoch_2.pt", "epoch_4.pt", "epoch_5.pt", "last.pt", "step_13.pt", "step_14.pt", "step_15.pt"]
-    assert files(last.parent) == names
+    assert files(folder) == names
     steps = [read_checkpoint(last.parent / name)["training"]["step"] for name in names]
     assert steps == [6, 12, 15, 15, 13, 14, 15]
 
@@ -122,10 +130,9 @@ def test_a_full_disk_stops_the_run_and_loses_no_checkpoint(config_file, straight
         sync(descriptor)
 
     folder = last_checkpoint(config.run.dir).parent
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(clipn.runtime.files.os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            train(config)
+        train(config)
     assert files(folder) == ["epoch_1.pt", "last.pt", "step_2.pt", "step_3.pt"]
     assert newest_checkpoint(folder)[1]["training"]["step"] == 3
     assert_same(weights(train(config)), straight["clipn"])
@@ -142,35 +149,16 @@ def test_a_truncated_checkpoint_is_replaced_by_the_one_before(finished, straight
     assert [line["step"] for line in metrics(finished.run.dir)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_folder_of_unreadable_checkpoints_is_not_trained_again(finished):
-    for path in last_checkpoint(finished.run.dir).parent.iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match="none of its 5 checkpoints can be read; move them away to start again"):
-        train(finished)
-
-
-def test_a_crafted_checkpoint_is_not_executed_on_resume(config_file, tmp_path):
-    config = load_config(config_file)
-
+def test_unreadable_and_crafted_checkpoints_are_neither_executed_nor_overwritten(finished, tmp_path):
     class Crafted:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    last = last_checkpoint(config.run.dir)
-    last.parent.mkdir(parents=True)
-    last.write_bytes(pickle.dumps(Crafted(), protocol=2))
-    with pytest.raises(ValueError, match="can be read"):
-        train(config)
+    for path in last_checkpoint(finished.run.dir).parent.iterdir():
+        path.write_bytes(b"" if path.name == "step_4.pt" else pickle.dumps(Crafted(), protocol=2))
+    with pytest.raises(ValueError, match="none of its 5 checkpoints can be read; move them away to start again"):
+        train(finished)
     assert not (tmp_path / "executed").exists()
-
-
-def test_a_partial_file_of_a_killed_run_is_deleted(config_file):
-    config = load_config(config_file, FEW)
-    partial = last_checkpoint(config.run.dir).with_name("step_9.pt.123.partial")
-    partial.parent.mkdir(parents=True)
-    partial.write_bytes(b"half")
-    train(config)
-    assert not partial.exists()
 
 
 def test_the_beginning_of_another_run_is_not_overwritten(config_file, killed):
@@ -198,31 +186,26 @@ def test_a_folder_in_which_another_process_trains_is_refused(config_file):
 # Bad pairs
 
 
-def damage(config_file: Path, count: int, **parts: bytes) -> None:
-    """Replace the .jpg or .txt of the config's first pairs."""
+def damage(config_file: Path, count: int, more=None, **parts: bytes) -> None:
+    """Replace the .jpg or .txt of the config's first pairs; more: further samples."""
     samples = numbered_samples(20, first=40)
     for sample in list(samples.values())[:count]:
         sample.update(parts)
-    write_shard(config_file.parent / "pairs.tar", samples)
+    write_shard(config_file.parent / "pairs.tar", samples | (more or {}))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_pairs_are_logged_by_cause_in_every_epoch(config_file, caplog, workers):
-    damage(config_file, 1, txt=b" ")
+def test_bad_and_missing_pairs_are_logged_by_cause_in_every_epoch(config_file, caplog, workers):
+    damage(config_file, 1, txt=b" ", more={"x": {"jpg": image_bytes()}, "y": {"txt": b"alone"}})
     caplog.set_level(logging.INFO)
-    config = load_config(config_file, [f"data.workers={workers}", "train.batch_size=20", "data.max_bad_fraction=0.1"])
+    config = load_config(config_file, [f"data.workers={workers}", "train.batch_size=20", "data.max_bad_fraction=0.2"])
     train(config)
-    first, second = [line["skipped"]["empty caption"] for line in metrics(config.run.dir)]
-    assert 1 <= first < second
-    assert "epoch 1 of 2: loss" in caplog.text and f"pairs skipped: {first} empty caption" in caplog.text
-
-
-def test_pairs_that_shards_lack_are_logged_too(config_file):
-    samples = numbered_samples(60, first=40) | {"x": {"jpg": jpeg_bytes()}, "y": {"txt": b"alone"}}
-    write_shard(config_file.parent / "pairs.tar", samples)
-    config = load_config(config_file, [*FEW, "train.batch_size=60"])
-    train(config)
-    assert metrics(config.run.dir)[-1]["left_out"] == {"image or caption missing": 2}
+    first, second = metrics(config.run.dir)
+    assert first["left_out"] == second["left_out"] == {"image or caption missing": 2}
+    count = first["skipped"]["empty caption"]
+    assert 1 <= count < second["skipped"]["empty caption"]
+    assert "epoch 1 of 2: loss" in caplog.text
+    assert f"pairs skipped: 2 image or caption missing, {count} empty caption" in caplog.text
 
 
 def test_too_many_bad_pairs_stop_the_run_with_the_counts(config_file):

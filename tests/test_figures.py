@@ -31,9 +31,7 @@ def shares(outline) -> np.ndarray:
 
 
 def colours(artists) -> list[tuple]:
-    return [
-        to_rgb(artist.get_color() if hasattr(artist, "get_color") else artist.get_edgecolor()) for artist in artists
-    ]
+    return [to_rgb(a.get_color() if hasattr(a, "get_color") else a.get_edgecolor()) for a in artists]
 
 
 def test_the_matplotlib_backend_stays_as_it_was(scores, tmp_path):
@@ -106,11 +104,8 @@ def test_bars_show_means_and_deviations_in_percent():
 
 def test_any_name_and_many_sets_can_be_drawn(tmp_path):
     """Formula marks, a leading underscore, letters that the font lacks, a set named average: no error, no warning."""
-    rng = np.random.default_rng(0)
-    names, methods = (
-        ["cats", "_a", "x$y$", "日本語", "average", *(f"set {n}" for n in range(7))],
-        ["$m_1", "_m", "a^b$"],
-    )
+    rng, methods = np.random.default_rng(0), ["$m_1", "_m", "a^b$"]
+    names = ["cats", "_a", "x$y$", "日本語", "average", *(f"set {n}" for n in range(7))]
     sets = {name: {method: rng.random(3) for method in methods} for name in names}
     rows = [{"ood_set": name, "method": m, "AUROC": 0.5, "FPR95": 0.5} for name in names[1:] for m in methods]
     with warnings.catch_warnings():
@@ -126,18 +121,16 @@ def test_any_name_and_many_sets_can_be_drawn(tmp_path):
 
 
 def test_samples_are_drawn_by_seed(tmp_path):
-    cats, dogs = (
-        write_images(tmp_path / name, *(f"a_$/{n}.png" for n in range(count))) for name, count in (("c", 16), ("d", 1))
-    )
-    sets = [open_image_set("cats", cats), open_image_set("größe_$1 and a long name", dogs)]
+    cats = write_images(tmp_path / "c", *(f"a_$/{n}.png" for n in range(16)))
+    sets = [open_image_set("cats", cats)]
+    sets.append(open_image_set("größe_$1 and a long name", write_images(tmp_path / "d", "a_$/1.png")))
 
     def red(seed: int) -> list[int]:
         """The red value of each image in the row of cats, which tells which image it is."""
-        figure = draw_samples(sets, seed)
-        assert [len(axis.images) for axis in figure.axes] == [1] * 12 + [1] + [0] * 11
-        assert (
-            figure.axes[12].texts[0].get_text() == "größe_\\$1 and a…\n(OOD)" and figure.axes[0].get_title() == "a \\$"
-        )
-        return [int(axis.images[0].get_array()[0, 0, 0]) for axis in figure.axes[:12]]
+        axes = draw_samples(sets, seed).axes
+        assert [len(axis.images) for axis in axes] == [1] * 12 + [1] + [0] * 11
+        assert axes[12].texts[0].get_text() == "größe_\\$1 and a…\n(OOD)" and axes[0].get_title() == "a \\$"
+        return [int(axis.images[0].get_array()[0, 0, 0]) for axis in axes[:12]]
 
-    assert len(set(red(0))) == 12 and red(0) == red(0) != red(1)
+    first = red(0)
+    assert len(set(first)) == 12 and first == red(0) != red(1)

@@ -72,7 +72,8 @@ def names_of(path):
 
 
 def test_each_image_is_a_row_with_the_detectors_result(run, checkpoint, photos, csv_file, capsys):
-    assert run(photos, "--csv", csv_file, "--batch-size", 2) == 0
+    within = [photos / "sub", photos / "a.png", photos]  # sources within others count once
+    assert run(photos, *within, "--csv", csv_file, "--batch-size", 2) == 0
     names = ["a.png", "b.JPG", "été.png", "sub/c.webp", "sub/deeper/d.bmp"]
     assert names_of(csv_file) == [str(photos / name) for name in names]
     detector = clipn.Detector.from_pretrained(checkpoint, CLASSES, device="cpu")
@@ -108,12 +109,10 @@ def test_an_unreadable_image_is_a_row_with_its_error(run, photos, csv_file, caps
 
 
 def test_without_a_readable_image_it_fails(run, tmp_path, csv_file, capsys):
-    folder = tmp_path / "broken"
-    folder.mkdir()
-    for n in range(3):
-        (folder / f"{n}.jpg").write_text("words")
-    assert run(folder, "--csv", csv_file) == 1
-    assert "none of the 3 images can be read" in capsys.readouterr().err and len(rows(csv_file)) == 3
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / name).write_text("words")
+    assert run(tmp_path, "--csv", csv_file) == 1
+    assert "none of the 2 images can be read" in capsys.readouterr().err and len(rows(csv_file)) == 2
 
 
 def test_ood_images_are_moved_and_their_rows_stay(run, checkpoint, photos, tmp_path, csv_file):
@@ -163,7 +162,7 @@ def test_stopped_it_leaves_the_rows_so_far(run, photos, csv_file, monkeypatch, c
 
     def stop_at_third(self, images):
         sizes.append(len(images))
-        if len(sizes) == 3:
+        if len(sizes) >= 3:
             raise KeyboardInterrupt
         return encode(self, images)
 
@@ -172,10 +171,7 @@ def test_stopped_it_leaves_the_rows_so_far(run, photos, csv_file, monkeypatch, c
     assert "stopped: 4 images" in capsys.readouterr().err
     assert len(rows(csv_file)) == 4 and {row.label for row in rows(csv_file)} <= {"horse", "cow"}
 
-    def stop(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(clipn.CLIPN, "encode_text", stop)
+    monkeypatch.setattr(clipn.CLIPN, "encode_text", stop_at_third)
     assert run(photos) == 130, "also while the classes are encoded"
 
 
@@ -237,11 +233,6 @@ def test_links_are_not_moved(run, photos, tmp_path, csv_file, capsys):
     ood = [row for row in rows(csv_file) if row.is_ood == "True"]
     assert ood and all("a link" in row.error for row in ood)
     assert not files(tmp_path / "aside") and f"{len(ood)} not moved" in capsys.readouterr().err
-
-
-def test_sources_within_others_count_once(run, photos, csv_file):
-    assert run(photos / "sub", photos, photos / "a.png", photos, "--csv", csv_file) == 0
-    assert len(rows(csv_file)) == 5
 
 
 def test_a_closed_pipe_ends_it_without_a_message(run, photos, monkeypatch, capsys):

@@ -78,9 +78,8 @@ RESULTS = pd.DataFrame(
     for name, fpr95 in (("dogs", 0.25), ("flat", 0.5))
     for method in ("MSP", "ATD")
 )
-DECISIONS = pd.DataFrame(
-    [{"id_set": "cats", "ood_set": "dogs", "decision": "CTW", "id_kept": 0.9, "ood_found": 0.6, "accuracy": 0.75}]
-)
+DECISION = {"id_set": "cats", "ood_set": "dogs", "decision": "CTW", "id_kept": 0.9, "ood_found": 0.6, "accuracy": 0.75}
+DECISIONS = pd.DataFrame([DECISION])
 
 
 def html(folder, scores, class_names, results=RESULTS, decisions=DECISIONS) -> str:
@@ -114,9 +113,7 @@ def test_a_card_shows_classes_score_and_probabilities(tmp_path, scores, no_figur
     assert f"\npredicted: {NASTY}ATD 0.9500" in flat, "no class of its own"
     assert "a tabbyclass correctATD 0.000" in cats and f"a tabbypredicted: {NASTY}ATD 0.0500" in cats
     dogs, _, cats = (section.text for section in gallery(tmp_path, scores, ["under_score", "o&<i>"]))
-    assert "o&<i>predicted: o&<i>ATD" in dogs and "class correct" not in dogs, (
-        "an OOD image's class is never correct, whatever its folder's name is"
-    )
+    assert "o&<i>predicted: o&<i>ATD" in dogs and "class correct" not in dogs, "an OOD image's class is never correct"
     assert "under_scorepredicted: o&<i>" in cats and "tabby" not in cats, "the class names of the evaluation"
 
 
@@ -149,23 +146,19 @@ def test_tables_have_groups_scopes_and_small_deviations(tmp_path, scores, no_fig
 
 
 def test_thumbnails_are_small_and_tiny_images_exact(tmp_path, no_figures):
-    rng = np.random.default_rng(0)
-    pixels = {size: rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((900, 1200), (32, 32))}
-    sets = {}
+    sets, pixels = {}, {}
     for name, size in {"cats": (900, 1200), "dogs": (32, 32), "flat": (32, 32)}.items():
-        file = write_images(tmp_path / name, "a/1.png") / "a/1.png"
-        Image.fromarray(pixels[size]).save(file)
+        pixels[name] = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels[name]).save(write_images(tmp_path / name, "a/1.png") / "a/1.png")
         sets[name] = set_scores(open_image_set(name, tmp_path / name), {"ATD": np.zeros(1)})
     dogs, _, cats = (section.all("img")[0] for section in gallery(tmp_path, sets, ["a"]))
     assert decoded(cats["src"]).size == (160, 120) and "class" not in cats and len(cats["src"]) < 30_000
-    assert np.array_equal(decoded(dogs["src"]), pixels[32, 32]) and dogs["class"] == "pixels"
+    assert np.array_equal(decoded(dogs["src"]), pixels["dogs"]) and dogs["class"] == "pixels"
 
 
 def test_a_large_figure_of_photos_becomes_a_jpeg(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)).save(
-        tmp_path / "photos.png"
-    )
-    Image.new("RGB", (700, 700)).save(tmp_path / "chart.png")
-    photos, chart = figure_uri(tmp_path / "photos.png"), figure_uri(tmp_path / "chart.png")
-    assert decoded(photos).format == "JPEG" and decoded(chart).format == "PNG"
-    assert len(photos) < (tmp_path / "photos.png").stat().st_size
+    photos, chart = tmp_path / "photos.png", tmp_path / "chart.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)).save(photos)
+    Image.new("RGB", (700, 700)).save(chart)
+    assert decoded(figure_uri(photos)).format == "JPEG" and decoded(figure_uri(chart)).format == "PNG"
+    assert len(figure_uri(photos)) < photos.stat().st_size

@@ -1,19 +1,18 @@
 """`clipn prepare`: known image sets from small archives and folders of this machine."""
 
-import functools
 import gzip
 import hashlib
-import http.server
 import io
 import pickle
 import tarfile
-import threading
 from dataclasses import replace
+from itertools import repeat
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import scipy.io
-from helpers import files, image_bytes, md5, write_images, write_tar, write_zip
+from helpers import files, image_bytes, write_images, write_tar, write_zip
 from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import imagenet
@@ -40,33 +39,13 @@ def known(monkeypatch):
 
 
 @pytest.fixture
-def web(tmp_path):
-    """A folder, and the address of a local server for it; short.tar ends early, slow.tar does not answer."""
-    folder, over = tmp_path / "web", threading.Event()
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-        def send_header(self, key, value):
-            if self.path == "/slow.tar":
-                over.wait(20)
-            short = self.path == "/short.tar" and key == "Content-Length"
-            super().send_header(key, str(int(value) + 100) if short else value)
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        over.set()
-        server.shutdown()
-
-
-@pytest.fixture
 def downloads(tmp_path):
     """The folder for archives that are put there by hand; the root of the sets is tmp_path."""
-    (tmp_path / "downloads").mkdir()
-    return tmp_path / "downloads"
+    return write_images(tmp_path / "downloads")
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content).hexdigest()
 
 
 def content(folder) -> list[str]:
@@ -77,11 +56,11 @@ def content(folder) -> list[str]:
 # Downloads and archives
 
 
-def test_a_file_is_downloaded_and_checked(web, tmp_path):
-    folder, address = web
-    (folder / "a.tar.gz").write_bytes(gzip.compress(b"x" * 3_000_000))
-    download(f"{address}/a.tar.gz", tmp_path / "new" / "a.tar.gz", md5(folder / "a.tar.gz"))
-    assert (tmp_path / "new" / "a.tar.gz").read_bytes() == (folder / "a.tar.gz").read_bytes(), "not decompressed"
+def test_a_file_is_downloaded_and_checked(server, tmp_path):
+    served = server.files["a.tar.gz"] = gzip.compress(b"x" * 3_000_000)
+    server.headers["Content-Encoding"] = "gzip"
+    download(server.url("a.tar.gz"), tmp_path / "new" / "a.tar.gz", md5(served))
+    assert (tmp_path / "new" / "a.tar.gz").read_bytes() == served, "not decompressed"
 
 
 @pytest.mark.parametrize(
@@ -89,56 +68,51 @@ def test_a_file_is_downloaded_and_checked(web, tmp_path):
     [
         ("a.tar", "0" * 32, r"a\.tar: not the published file: its MD5 is \w+, expected 000"),
         ("short.tar", None, r"short\.tar: .*not completed"),
+        ("busy.tar", None, r"busy\.tar: 503"),
         ("gone.tar", None, r"gone\.tar: no such file"),
         ("slow.tar", None, r"slow\.tar: .*(timeout|Timeout)"),
         ("http://127.0.0.1:9/a.tar", None, r"http://127\.0\.0\.1:9/a\.tar: .*onnect"),
     ],
 )
-def test_a_failed_download_leaves_no_file(web, tmp_path, monkeypatch, name, checksum, message):
-    folder, address = web
-    for file in ("a.tar", "short.tar", "slow.tar"):
-        (folder / file).write_bytes(b"content")
+def test_a_failed_download_leaves_no_file(server, tmp_path, monkeypatch, name, checksum, message):
+    server.files = dict.fromkeys(["a.tar", "short.tar", "busy.tar", "slow.tar"], b"content")
+    server.faults = {"short.tar": repeat("cut"), "busy.tar": repeat("503"), "slow.tar": repeat(20.0)}
     monkeypatch.setattr(module, "_TIMEOUT", 0.3)
     with pytest.raises((OSError, ValueError), match=message) as error:
-        download(name if "://" in name else f"{address}/{name}", tmp_path / "new" / "x.tar", checksum)
+        download(name if "://" in name else server.url(name), tmp_path / "new" / "x.tar", checksum)
     assert files(tmp_path / "new") == [] and "\n" not in str(error.value)
 
 
 def test_tar_and_zip_are_unpacked_without_the_additions_of_macos(tmp_path):
-    for archive in (
-        write_tar(tmp_path / "a.tar", MEMBERS),
-        write_zip(tmp_path / "a.zip", MEMBERS | {"__MACOSX/._1.jpg": b""}),
-    ):
-        folder = tmp_path / archive.suffix
-        unpack(archive, folder)
+    for write in (write_tar, write_zip):
+        folder = tmp_path / write.__name__
+        unpack(write(tmp_path / "archive", MEMBERS | {"__MACOSX/._1.jpg": b""}), folder)
         assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg")) == sorted(MEMBERS)
 
 
 def test_an_archive_with_a_path_outside_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
     with tarfile.open(tmp_path / "link.tar", "w") as archive:
-        link = tarfile.TarInfo("link")
-        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
-        archive.addfile(link)
+        archive.add(tmp_path / "link", "link")
         archive.addfile(tarfile.TarInfo("link/evil.txt"))
-    bad = [
-        write_tar(tmp_path / "up.tar", {"../../evil.txt": b"x"}),
-        write_zip(tmp_path / "up.zip", {"../../evil.txt": b"x"}),
-        write_zip(tmp_path / "root.zip", {f"{tmp_path}/evil.txt": b"x"}),
-        tmp_path / "link.tar",
-    ]
-    for archive in bad:
-        with pytest.raises(ValueError, match=archive.name):
-            unpack(archive, tmp_path / "deep" / "er")
+    write_tar(tmp_path / "up.tar", {"../../evil.txt": b"x"})
+    write_zip(tmp_path / "up.zip", {"../../evil.txt": b"x"})
+    write_zip(tmp_path / "root.zip", {f"{tmp_path}/evil.txt": b"x"})
+    for name in ("link.tar", "up.tar", "up.zip", "root.zip"):
+        with pytest.raises(ValueError, match=name):
+            unpack(tmp_path / name, tmp_path / "deep" / "er")
     assert not list(tmp_path.rglob("evil.txt"))
 
 
 @pytest.mark.parametrize("name", ["page.tar.gz", "cut.tar.gz", "cut.zip"])
 def test_a_broken_archive_is_named(tmp_path, name):
     path, noise = tmp_path / name, {"noise": np.random.default_rng(0).bytes(100_000)}
-    whole = write_zip(path, noise).read_bytes()
-    if name == "cut.tar.gz":
-        whole = gzip.compress(write_tar(path, noise).read_bytes())
-    path.write_bytes(b"<html>please log in</html>" if name == "page.tar.gz" else whole[: len(whole) // 2])
+    whole = {
+        "page.tar.gz": b"<html>please log in</html>" * 2,
+        "cut.tar.gz": gzip.compress(write_tar(path, noise).read_bytes()),
+        "cut.zip": write_zip(path, noise).read_bytes(),
+    }[name]
+    path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=rf"{name}: not a complete tar or zip file, delete it"):
         unpack(path, tmp_path / "out")
 
@@ -147,23 +121,16 @@ def test_a_broken_archive_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_a_set_is_downloaded_unpacked_checked_and_moved_into_place(known, web, tmp_path, kind):
-    folder, address = web
-    archive = {"tar": write_tar, "zip": write_zip}[kind](folder / f"small.{kind}", MEMBERS | {"wrap/readme.txt": b"?"})
-    known(archive=archive.name, url=f"{address}/{archive.name}", md5=md5(archive), inside="wrap/set")
+def test_a_set_is_downloaded_unpacked_checked_and_moved_into_place(known, server, tmp_path, kind):
+    write = {"tar": write_tar, "zip": write_zip}[kind]
+    server.files["x"] = write(tmp_path / "x", MEMBERS | {"wrap/readme.txt": b"?"}).read_bytes()
+    known(archive=f"small.{kind}", url=server.url("x"), md5=md5(server.files["x"]), inside="wrap/set")
     prepare("small", tmp_path / "data")
     images = open_image_set("small", tmp_path / "data" / "sets" / "small")
     assert (images.classes, len(images)) == (["a", "b"], 4)
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["downloads", "sets"], "no leftovers"
-    archive.unlink()
+    server.files.clear()
     prepare("small", tmp_path / "data")  # nothing is downloaded again
-
-
-def test_a_file_url_works(known, tmp_path):
-    archive = write_tar(tmp_path / "small.tar", {name.removeprefix("wrap/set/"): IMAGE for name in MEMBERS})
-    known(archive="small.tar", url=archive.as_uri(), inside="no such folder in it")
-    prepare("small", tmp_path / "data")
-    assert len(open_image_set("small", tmp_path / "data" / "sets" / "small")) == 4
 
 
 def test_an_archive_put_there_by_hand_is_used_if_it_is_the_published_one(known, downloads, tmp_path):
@@ -190,10 +157,9 @@ def test_an_incomplete_set_is_an_error(known, tmp_path):
 # The command
 
 
-def test_one_set_that_fails_does_not_stop_the_others(known, web, tmp_path, capsys):
-    folder, address = web
-    archive = write_tar(folder / "small.tar", MEMBERS)
-    known(archive="small.tar", url=f"{address}/{archive.name}", inside="wrap/set")
+def test_one_set_that_fails_does_not_stop_the_others(known, tmp_path, capsys):
+    archive = write_tar(tmp_path / "x.tar", {name.removeprefix("wrap/set/"): IMAGE for name in MEMBERS})
+    known(archive="small.tar", url=archive.as_uri(), inside="no such folder in it")
     known("other", archive="other.zip", folder="other", terms="ask them")
     with pytest.raises(ValueError, match="not ready: other$"):
         run_prepare(["other", "small"], tmp_path)
@@ -275,7 +241,7 @@ def test_imagenet_is_sorted_by_the_devkit(known, downloads, tmp_path, monkeypatc
     write_devkit(downloads)
     with pytest.raises(ValueError, match=module.DEVKIT):
         prepare("imagenet", tmp_path)  # not the published devkit
-    monkeypatch.setitem(imagenet.ARCHIVE_META, "devkit", (module.DEVKIT, md5(downloads / module.DEVKIT)))
+    monkeypatch.setitem(imagenet.ARCHIVE_META, "devkit", (module.DEVKIT, md5((downloads / module.DEVKIT).read_bytes())))
     prepare("imagenet", tmp_path)
     assert content(tmp_path / "imagenet" / "val") == SORTED
 
@@ -304,65 +270,44 @@ def test_tiny_imagenet_is_sorted_by_its_annotations(known, downloads, tmp_path, 
 # Sets that torchvision reads
 
 
-def test_arrays_become_class_folders_once_with_the_same_pixels(known, tmp_path, monkeypatch):
-    class Arrays(list):
-        classes = ["airplane", "cat"]
-
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]
-    arrays = Arrays((Image.new("RGB", (8, 8), colour), n % 2) for n, colour in enumerate(colours))
-    calls = []
-    known("cifar10")
-    monkeypatch.setitem(module.ARRAYS, "cifar10", lambda folder: calls.append(folder) or arrays)
-    for _ in range(2):
-        prepare("cifar10", tmp_path)
-    assert calls == [tmp_path / "downloads"]
-    folder = tmp_path / "cifar10" / "test"
-    assert {name: Image.open(folder / name).getpixel((3, 3)) for name in content(folder)} == {
-        "airplane/00000.png": (255, 0, 0),
-        "airplane/00002.png": (0, 0, 255),
-        "cat/00001.png": (0, 255, 0),
-        "cat/00003.png": (9, 9, 9),
-    }
-
-
-def test_svhn_as_published(known, web, tmp_path, monkeypatch):
+def test_svhn_as_published(known, server, tmp_path, monkeypatch):
     """Its labels are 1 to 10, and 10 means the digit 0."""
     known("svhn")
     pixels = np.arange(4, dtype=np.uint8) * np.ones((32, 32, 3, 4), dtype=np.uint8)
-    folder, address = web
-    scipy.io.savemat(folder / "test.mat", {"X": pixels, "y": np.array([[10], [3], [3], [10]])})
-    published = [f"{address}/test.mat", "test_32x32.mat", md5(folder / "test.mat")]
+    stream = io.BytesIO()
+    scipy.io.savemat(stream, {"X": pixels, "y": np.array([[10], [3], [3], [10]])})
+    server.files["test.mat"] = stream.getvalue()
+    published = [server.url("test.mat"), "test_32x32.mat", md5(stream.getvalue())]
     monkeypatch.setattr(datasets.SVHN, "split_list", {"test": published})
     prepare("svhn", tmp_path)
+    server.files.clear()
+    prepare("svhn", tmp_path)  # nothing is downloaded again
     made = tmp_path / "svhn" / "test"
     values = {name: Image.open(made / name).getpixel((9, 9))[0] for name in content(made)}
     assert values == {"0/00000.png": 0, "0/00003.png": 3, "3/00001.png": 1, "3/00002.png": 2}
 
 
-def test_cifar_as_published(known, web, tmp_path, monkeypatch):
+def test_cifar_as_published(known, server, tmp_path, monkeypatch):
     known("cifar10")
-    batch = {"data": np.full((4, 3072), 7, dtype=np.uint8), "labels": [1, 0, 1, 0]}
+    rows = np.tile(np.arange(3, dtype=np.uint8).repeat(1024), (4, 1))  # all red values, all green, all blue
+    batch = {"data": rows, "labels": [1, 0, 1, 0]}
     parts = {"test_batch": batch, "batches.meta": {"label_names": ["airplane", "cat"]}}
     members = {name: pickle.dumps(part) for name, part in parts.items()}
-    sums = {name: hashlib.md5(part).hexdigest() for name, part in members.items()}
-    folder, address = web
-    archive = folder / "cifar-10-python.tar.gz"
-    write_tar(archive, {f"cifar-10-batches-py/{name}": part for name, part in members.items()})
-    archive.write_bytes(gzip.compress(archive.read_bytes()))
+    sums = {name: md5(part) for name, part in members.items()}
+    archive = write_tar(tmp_path / "x", {f"cifar-10-batches-py/{name}": part for name, part in members.items()})
+    served = server.files["cifar-10-python.tar.gz"] = gzip.compress(archive.read_bytes())
     meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
-    published = {"url": f"{address}/{archive.name}", "tgz_md5": md5(archive), "train_list": [], "meta": meta}
+    published = {"url": server.url("cifar-10-python.tar.gz"), "tgz_md5": md5(served), "train_list": [], "meta": meta}
     for key, value in (published | {"test_list": [["test_batch", sums["test_batch"]]]}).items():
         monkeypatch.setattr(datasets.CIFAR10, key, value)
     prepare("cifar10", tmp_path)
-    images = open_image_set("cifar10", tmp_path / "cifar10" / "test")
-    assert (images.classes, images.labels) == (["airplane", "cat"], [0, 0, 1, 1])
+    made = tmp_path / "cifar10" / "test"
+    names = ["airplane/00001.png", "airplane/00003.png", "cat/00000.png", "cat/00002.png"]
+    assert content(made) == names and all(Image.open(made / name).getpixel((9, 9)) == (0, 1, 2) for name in names)
 
 
-def test_arrays_that_are_not_the_published_ones_are_refused(known, tmp_path, monkeypatch):
-    def corrupted(folder):
-        raise RuntimeError("Dataset not found or corrupted.")
-
-    monkeypatch.setitem(module.ARRAYS, "cifar10", corrupted)
+def test_arrays_that_are_not_the_published_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(module.ARRAYS, "cifar10", Mock(side_effect=RuntimeError("Dataset not found or corrupted.")))
     with pytest.raises(ValueError, match=r"downloads: Dataset not found or corrupted"):
         prepare("cifar10", tmp_path)
     assert not (tmp_path / "cifar10").exists()

@@ -6,7 +6,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from open_clip import IMAGENET_CLASSNAMES
 
 from clipn.data.prompts import (
     check_templates,
@@ -19,8 +19,6 @@ from clipn.data.prompts import (
     simple_templates,
 )
 
-# The templates of the published results
-
 
 def test_there_are_128_in_literal_quotes():
     templates = clipn_release_templates()
@@ -29,18 +27,14 @@ def test_there_are_128_in_literal_quotes():
         ending = "'," if number in (34, 64 + 34) else "'"
         assert re.fullmatch(r"'[^']*'", template.removesuffix(",")) and template.endswith(ending), (number, template)
         assert template.count("{}") == 1
-    templates.clear()
-    assert len(clipn_release_templates()) == 128, "each call returns a new list"
 
 
 def test_the_first_half_is_openais_list_without_nine_kinds():
-    dropped = ["embroidered", "plastic", "origami", "toy", "cartoon", "plushie", "hard to see", "itap of my"]
-    dropped += ["art of the"]
-    first = [template.strip("',") for template in clipn_release_templates()[:64]]
-    openai = [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
-    assert openai_templates() == openai and len(openai) == 80
-    assert [text for text in openai if not any(words in text for words in dropped)] == first
-    assert len(simple_templates()) == 7 and all(text.count("{}") == 1 for text in openai + simple_templates())
+    dropped = "embroidered|plastic|origami|toy|cartoon|plushie|hard to see|itap of my|art of the"
+    openai, first = openai_templates(), [template.strip("',") for template in clipn_release_templates()[:64]]
+    assert [text for text in openai if not re.search(dropped, text)] == first
+    assert (len(openai), len(simple_templates())) == (80, 7)
+    assert all(text.count("{}") == 1 for text in openai + simple_templates())
 
 
 def test_the_second_half_has_with_for_of():
@@ -52,18 +46,11 @@ def test_the_second_half_has_with_for_of():
     assert "'a photo with one {}.'" in templates, "only the words between spaces"
 
 
-# Negations
-
-
 @pytest.mark.parametrize(
     "yes, no",
     [
         ("a photo of a {}.", "a photo of no {}."),
-        ("a photo of an {}", "a photo of no {}"),
-        ("a photo of the {}", "a photo of no {}"),
-        ("a photo of my {}", "a photo of no {}"),
-        ("a photo of one {}", "a photo of no {}"),
-        ("a photo of many {}", "a photo of no {}"),
+        *[(f"a photo of {word} {{}}", "a photo of no {}") for word in ("an", "the", "my", "one", "many")],
         ("a photo of a clean {}", "a photo of no clean {}"),
         ("a photo of the hard to see {}.", "a photo of no hard to see {}."),
         ("a photo with a clean {}.", "a photo without a clean {}."),
@@ -93,9 +80,6 @@ def test_filling_inserts_the_text_as_it_is(before, text):
     assert fill(before + " {} {0} }{", text) == f"{before} {text} {{0}} }}{{"
 
 
-# Reading templates
-
-
 def test_templates_by_name_from_a_file_and_from_a_list(tmp_path):
     assert load_templates("clipn-release") == clipn_release_templates()
     assert load_templates("openai") == openai_templates() and load_templates("simple") == simple_templates()
@@ -107,11 +91,7 @@ def test_templates_by_name_from_a_file_and_from_a_list(tmp_path):
 def test_templates_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"eval\.templates='opanai'.*clipn-release, openai, simple"):
         load_templates("opanai")
-    for content, message in {
-        b"a {}\na photo\n": "'a photo' has no",
-        b"\n": "expected a list",
-        b"\xff": "UTF-8",
-    }.items():
+    for content, message in ((b"a {}\na photo\n", "'a photo' has no"), (b"\n", "expected a list"), (b"\xff", "UTF-8")):
         (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(ValueError, match=rf"bad\.txt: .*{message}"):
             load_templates(str(tmp_path / "bad.txt"))
@@ -125,10 +105,8 @@ def test_templates_of_a_wrong_form_are_refused(value):
         check_templates("a {}")
 
 
-# Class names
-
 FOLDERS = ["n01", "n02", "night_owl"]
-WORDS = {"night_owl": "owl, night bird", "n02": "dog", "n01": "cat", "n03": "not asked for"}
+WORDS = {"night_owl": "owl, night bird", "n02": "dög", "n01": "cat", "n03": "not asked for"}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +114,7 @@ WORDS = {"night_owl": "owl, night bird", "n02": "dog", "n01": "cat", "n03": "not
     [
         ("folders", FOLDERS, ["n01", "n02", "night owl"]),
         (["cat", " dog ", "owl"], FOLDERS, ["cat", "dog", "owl"]),
-        (WORDS, FOLDERS, ["cat", "dog", "owl"]),
+        (WORDS, FOLDERS, ["cat", "dög", "owl"]),
         ({"b": "dog, hound", "a": "cat"}, [], ["dog", "cat"]),
         (["cat", "dog"], [], ["cat", "dog"]),
         ("imagenet", [f"n{n:08d}" for n in range(1000)], list(IMAGENET_CLASSNAMES)),
@@ -147,16 +125,12 @@ def test_class_names_of_every_form(value, folders, expected):
 
 
 @pytest.mark.parametrize(
-    "name, text, expected",
-    [
-        ("names.txt", "\ufeffcat\ngrüne Meerkatze\n\nowl\n", ["cat", "grüne Meerkatze", "owl"]),
-        ("list.json", json.dumps(["cat", "dog", "owl"]), ["cat", "dog", "owl"]),
-        ("words.json", json.dumps(WORDS), ["cat", "dog", "owl"]),
-    ],
+    "name, text",
+    [("x.txt", "\ufeffcat\n\n dög\nowl\n"), ("x.json", '["cat", "dög", "owl"]'), ("x.json", json.dumps(WORDS))],
 )
-def test_class_names_from_files(tmp_path, name, text, expected):
+def test_class_names_from_files(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    assert load_class_names(str(tmp_path / name), FOLDERS) == expected
+    assert load_class_names(str(tmp_path / name), FOLDERS) == ["cat", "dög", "owl"]
 
 
 @pytest.mark.parametrize(
@@ -180,20 +154,12 @@ def test_class_names_that_do_not_fit_are_reported(value, message):
         load_class_names(value, FOLDERS)
 
 
-def test_the_folder_names_of_a_flat_folder_are_refused():
-    with pytest.raises(ValueError, match=r"eval\.class_names='folders'"):
-        load_class_names("folders", [])
-
-
 def test_name_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"eval\.class_names='imagnet'.*imagenet"):
         load_class_names("imagnet", FOLDERS)
-    for text, message in {
-        "{": ": not valid JSON",
-        "3": "",
-        '"abc"': "",
-        '["cat", "dog"]': ".*2 class names for 3",
-    }.items():
+    with pytest.raises(ValueError, match=r"eval\.class_names='folders': expected names, found none"):
+        load_class_names("folders", [])  # of a flat folder
+    for text, message in (("{", ": not valid"), ("3", ""), ('"abc"', ""), ('["cat", "dog"]', ".*2 class names for 3")):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=rf"bad\.json{message}"):
             load_class_names(str(tmp_path / "bad.json"), FOLDERS)

@@ -1,9 +1,9 @@
 """Devices, signals of worker processes, and errors of the device in one line."""
 
-import logging
 import multiprocessing
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,27 +32,21 @@ def test_another_device_is_refused_with_the_choices(name):
 
 
 @pytest.mark.parametrize(
-    "kind, message",
+    "error",
     [
-        (
-            NotImplementedError,
-            "The operator 'aten::x' is not currently implemented for the MPS device. If ...\nsee",
-        ),
-        (TypeError, "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."),
+        NotImplementedError("The operator 'aten::x' is not currently implemented for the MPS device. If ...\nsee"),
+        TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."),
     ],
 )
-def test_an_operation_that_mps_lacks_is_one_line_with_the_way_out(caplog, kind, message):
-    def fails(message):
-        raise kind(message)
-
+def test_an_operation_that_mps_lacks_is_one_line_with_the_way_out(caplog, error):
     with pytest.raises(SystemExit) as stopped:
-        fail_in_one_line(lambda: fails(message))
-    (record,) = caplog.records
-    assert stopped.value.code == FAILED and record.levelno == logging.ERROR
-    assert record.getMessage().startswith(f"error: {message[:40]}") and "\n" not in record.getMessage()
-    assert all(words in record.getMessage() for words in ("PYTORCH_ENABLE_MPS_FALLBACK=1", "run.device=cpu"))
-    with pytest.raises(kind, match="of our own"):
-        fail_in_one_line(lambda: fails("an error of our own"))
+        fail_in_one_line(Mock(side_effect=error))
+    (message,) = caplog.messages
+    assert stopped.value.code == FAILED
+    assert message.startswith(f"error: {str(error)[:40]}") and "\n" not in message
+    assert "PYTORCH_ENABLE_MPS_FALLBACK=1" in message and "run.device=cpu" in message
+    with pytest.raises(type(error), match="of our own"):
+        fail_in_one_line(Mock(side_effect=type(error)("an error of our own")))
 
 
 def answer(pipe) -> None:
@@ -82,12 +76,11 @@ def test_a_process_ends_while_its_loader_is_alive(config_file):
     script = f"""
 import torch
 from clipn.config.loading import load_config
+from clipn.data.images import default_preprocess
 from clipn.data.pairs import open_pairs, training_loader
 config = load_config({str(config_file)!r}, ["data.workers=1"])
-preprocess = {{"size": 32, "mode": "RGB", "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}}
-preprocess |= {{"resize_mode": "shortest", "fill_color": 0}}
 tokenizer = lambda texts: torch.zeros(len(texts), 16, dtype=torch.long)
-batches = iter(training_loader(config, open_pairs(config.data), preprocess, tokenizer)[0])
+batches = iter(training_loader(config, open_pairs(config.data), default_preprocess(32), tokenizer)[0])
 print(next(batches)["tokens"].shape)
 """
     done = subprocess.run(

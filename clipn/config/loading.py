@@ -1,11 +1,10 @@
 """A YAML file and `key=value` words -> one checked Config; shipped configs are found by name."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def find_config(path: Path) -> Path:
-    """This file, or the shipped config of this name (toy, toy.yaml, configs/toy.yaml).
-
-    Raises FileNotFoundError that lists the shipped ones.
-    """
+    """This file, or the shipped config of this name (toy, toy.yaml, configs/toy.yaml)."""
     if path.is_file():
         return path
     shipped = {file.stem: file for file in sorted(_PACKAGE.glob("configs/*.yaml"))}
@@ -33,20 +29,16 @@ def find_config(path: Path) -> Path:
 
 
 def find_file(value: Any) -> Any:
-    """The path in the package of a .json or .txt file that is not in the working folder; any other value as it is.
-
-    Shipped configs name such files relative to the package, wherever the command is run.
-    """
-    if not isinstance(value, str) or not value.endswith((".json", ".txt")) or Path(value).is_file():
-        return value
-    return str(_PACKAGE / value) if (_PACKAGE / value).is_file() else value
+    """The path of a .json or .txt file in the package, as shipped configs name them; any other value as it is."""
+    absent = isinstance(value, str) and value.endswith((".json", ".txt")) and not Path(value).is_file()
+    return str(_PACKAGE / value) if absent and (_PACKAGE / value).is_file() else value
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, or a shipped config's name (toy, cc3m_vit_b16), and `key=value` words into a checked Config.
 
-    Raises FileNotFoundError for a missing file; ValueError, one line that names the file (or the command line), the
-    key and the choices, for an unknown key, a wrong type or an impossible value.
+    Raises FileNotFoundError for a missing file that lists the shipped ones; ValueError, one line that names the file
+    (or the command line), the key and the choices, for an unknown key, a wrong type or an impossible value.
     """
     path = find_config(Path(path))
     expected = f"expected sections ({_choices('')})"
@@ -60,6 +52,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ValueError(f"{path}: {expected}, found {reprlib.repr(content)}")
     tree = _merge(OmegaConf.structured(Config), content, str(path))
     for word in overrides:
+        key = word.partition("=")[0]
+        if key in ("eval.id", "eval.ood", "eval.train"):  # replaced as a whole, also by a value of another kind
+            OmegaConf.update(tree, key, None)
         tree = _merge(tree, _parse_override(word), f"command line, {word}")
     config = _build(tree, str(path), overrides)
     config.model.name, config.eval.class_names = find_file(config.model.name), find_file(config.eval.class_names)
@@ -111,7 +106,7 @@ def _merge(tree: DictConfig, content: DictConfig, source: str) -> DictConfig:
         raise _error(source, _explain(error)) from error
 
 
-def _build(tree: DictConfig, source: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def _build(tree: DictConfig, source: str, overrides: Sequence[str] = ()) -> Config:
     try:
         config = OmegaConf.to_object(tree)
         _check_finite(to_dict(config))
@@ -122,7 +117,8 @@ def _build(tree: DictConfig, source: str, overrides: list[str] | tuple[str, ...]
     except ValueError as error:
         message = str(error).removeprefix(f"{source}: ")
     key = message.replace("base: ", "base.", 1)
-    if any(key.startswith((f"{word}=", f"{word}:")) for word in (word.partition("=")[0] for word in overrides)):
+    names = [word.partition("=")[0] for word in overrides]
+    if any(key.startswith((f"{name}=", f"{name}:")) for name in names):
         source = "command line"
     raise _error(source, message)
 

@@ -36,8 +36,7 @@ class _Section:
         expected = ", ".join("null" if choice is None else choice for choice in choices)
         self._check(name, getattr(self, name) in choices, f"one of {expected}")
 
-    def _seed(self, name: str) -> None:
-        seeds = getattr(self, name) if isinstance(getattr(self, name), list) else [getattr(self, name)]
+    def _seed(self, name: str, *seeds: int) -> None:
         self._check(name, all(0 <= seed < 2**31 for seed in seeds), "0 or more, up to 2147483647")
 
 
@@ -52,8 +51,8 @@ class RunConfig(_Section):
 
     def __post_init__(self) -> None:
         self._check("dir", bool(self.dir), "a folder")
-        self._seed("seed")
-        self._seed("seeds")
+        self._seed("seed", self.seed)
+        self._seed("seeds", *self.seeds)
         ok = self.device in ("auto", "cpu", "cuda", "mps") or bool(re.fullmatch(r"cuda:[0-9]+", self.device))
         self._check("device", ok, "one of auto, cpu, cuda, cuda:N, mps")
 
@@ -90,8 +89,7 @@ class ModelConfig(_Section):
     def __post_init__(self) -> None:
         self._check("name", bool(self.name), "an open_clip model name or a JSON file")
         self._at_least(0, "num_prompts")
-        for name in ("image_mean", "image_std"):
-            value = getattr(self, name)
+        for name, value in (("image_mean", self.image_mean), ("image_std", self.image_std)):
             self._check(name, value is None or len(value) == 3, "three numbers, or null")
 
 
@@ -122,8 +120,7 @@ class DataConfig(_Section):
         self._check("num_pairs", self.num_pairs is None or self.num_pairs >= 2, "2 or more, or null")
         self._at_least(0, "workers")
         self._check("max_bad_fraction", 0 <= self.max_bad_fraction <= 1, "0 to 1")
-        scale = self.crop_scale
-        ok = len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1
+        ok = len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
         self._check("crop_scale", ok, "two numbers with 0 < low <= high <= 1")
         self._check("caption_templates", bool(self.caption_templates), "at least one")
         for template in self.caption_templates:
@@ -148,7 +145,7 @@ class FeaturesConfig(_Section):
     def __post_init__(self) -> None:
         self._check("dir", bool(self.dir), "a folder")
         self._at_least(1, "views", "batch_size", "part_size")
-        self._seed("seed")
+        self._seed("seed", self.seed)
         self._one_of("dtype", FEATURE_DTYPES)
         self._one_of("precision", (None, *PRECISIONS))
 
@@ -186,8 +183,8 @@ class TrainConfig(_Section):
         self._check("batch_size", self.batch_size >= 2, "2 or more: the losses compare pairs")
         micro = self.micro_batch_size
         self._check("micro_batch_size", micro is None or micro >= 1, "1 or more, or null")
-        alone = micro is None or self.objective == "clipn"
-        self._check("micro_batch_size", alone, "null with train.objective=clip, which compares all texts")
+        ok = micro is None or self.objective == "clipn"
+        self._check("micro_batch_size", ok, "null with train.objective=clip, which compares all texts")
         self._check("lr", self.lr > 0, "a positive number")
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         self._check("betas", ok, "two numbers in [0, 1)")

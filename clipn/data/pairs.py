@@ -152,8 +152,7 @@ class PairDataset(Dataset):
         replacements = stream("replacement", self.seed, epoch, number)
         for _ in range(_MAX_REPLACEMENTS):
             try:
-                sample = self._sample(*self._read(place), epoch, number)
-                return sample | {"number": place, "skipped": skipped}
+                return self._sample(*self._read(place), epoch, number) | {"number": place, "skipped": skipped}
             except BadPair as error:
                 log.warning("skipped %s: %s", self.pairs.name(place), error)
                 skipped[CAUSES.index(error.cause)] += 1

@@ -91,7 +91,7 @@ def prepare(name: str, root: str | Path, mapping: str | Path | None = None) -> N
         raise ValueError(f"{error}; move {folder} away to create it again") from error
 
 
-def download(url: str, path: str | Path, md5: str | None = None) -> None:
+def download(url: str, path: Path, md5: str | None = None) -> None:
     """Download a file, complete or not at all. Raises OSError, or ValueError for another MD5.
 
     torchvision's download_url has no time limit, takes a file that ends early, and falls back from https to http.
@@ -102,7 +102,7 @@ def download(url: str, path: str | Path, md5: str | None = None) -> None:
         "auto_decompress": False,
         "trust_env": True,  # proxies
     }
-    bar = TqdmCallback({"unit": "B", "unit_scale": True, "desc": Path(path).name, "disable": None})
+    bar = TqdmCallback({"unit": "B", "unit_scale": True, "desc": path.name, "disable": None})
     with atomic_write(path) as file, bar:
         try:
             files, name = fsspec.core.url_to_fs(url, client_kwargs=options)
@@ -115,9 +115,8 @@ def download(url: str, path: str | Path, md5: str | None = None) -> None:
         _check_md5(file.name, md5, url)
 
 
-def unpack(archive: str | Path, folder: str | Path) -> None:
+def unpack(archive: Path, folder: Path) -> None:
     """Unpack a tar or zip file. Raises ValueError for a broken one, or one with a path outside of the folder."""
-    archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if zipfile.is_zipfile(archive):
@@ -150,20 +149,18 @@ def read_mapping(path: str | Path) -> dict[str, str]:
     """
     labels = {}
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        image, wnid = re.search(r"\b(?:\w+_)?val_\d+", line), re.search(r"\bn\d{8}\b", line)
-        if image and wnid:
+        if (image := re.search(r"\b(?:\w+_)?val_\d+", line)) and (wnid := re.search(r"\bn\d{8}\b", line)):
             labels[image[0]] = wnid[0]
     if not labels:
         raise ValueError(f"{path}: no line names an image and its class, such as ILSVRC2012_val_00000293 n01440764")
     return labels
 
 
-def sort_into_classes(folder: str | Path, labels: dict[str, str]) -> None:
+def sort_into_classes(folder: Path, labels: dict[str, str]) -> None:
     """Move the images of a folder into one folder per class; after an interruption, the same call completes it.
 
     Raises ValueError, before anything is moved, for an image without a class.
     """
-    folder = Path(folder)
     unsorted = [path for path in open_image_set("unsorted", folder).paths if labels.get(path.stem) != path.parent.name]
     if unknown := [path for path in unsorted if path.stem not in labels]:
         raise ValueError(f"{unknown[0]}: the mapping has no class for it, but {len(labels)} others")

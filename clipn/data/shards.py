@@ -6,6 +6,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from clipn.data.storage import Location, is_url, open_stream, read_range, version_of, with_retries
 from clipn.runtime.distributed import barrier, is_main
 from clipn.runtime.files import atomic_write
-from clipn.runtime.signals import StalledRead, scan_pool
+from clipn.runtime.signals import ignore_stop_signals, stop_if_asked, terminated_children
 
 CAUSES = (
     "unreadable file",
@@ -157,8 +158,10 @@ def _cached_scans(paths: Sequence[Location], folder: Path) -> list[Scan]:
     scans = [_load(file) for file in files]
     if missing := [number for number, scan in enumerate(scans) if scan is None]:
         progress = tqdm(missing, desc="indexing shards", unit="shard", disable=None if is_main() else True)
-        with scan_pool(min(len(missing), os.cpu_count() or 1)) as pool:
+        workers = min(len(missing), os.cpu_count() or 1)
+        with ProcessPoolExecutor(workers, initializer=ignore_stop_signals) as pool, terminated_children():
             for number, scan in zip(progress, pool.map(scan_shard, [paths[n] for n in missing]), strict=True):
+                stop_if_asked()
                 scans[number] = scan
                 _save(files[number], scan)
     return scans
@@ -216,7 +219,7 @@ def _scan(path: Location) -> Scan:
             stream.seek(tar.offset)
             if stream.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile stops at a broken header without an error
                 raise tarfile.ReadError("a broken header")
-    except (OSError, StalledRead):
+    except OSError:
         raise
     except Exception as error:  # tarfile raises many kinds
         if not samples and size:

@@ -13,8 +13,6 @@ import fsspec
 from braceexpand import braceexpand
 from fsspec.spec import AbstractBufferedFile
 
-from clipn.runtime.signals import StalledRead, end_stalled_read
-
 Location = Path | str  # a local path, or a URL
 
 ATTEMPTS = 4
@@ -22,10 +20,9 @@ FIRST_PAUSE = 0.5  # seconds between attempts, doubled each time
 TIMEOUT = 60.0  # seconds that a read from a URL may stall
 BLOCK = 5 * 2**20  # bytes that a stream from a URL reads at once
 
-_POLL = 0.2  # seconds between two looks for a stop request
 _VERSION_KEYS = ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "updated")
 # Errors of the path, the place or the request, which a retry repeats.
-_LASTING_ERRORS = (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, StalledRead)
+_LASTING_ERRORS = (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING_CODES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 T = TypeVar("T")
@@ -80,11 +77,10 @@ class _UrlStream(AbstractBufferedFile):
 def with_retries(read: Callable[[], T], path: Location) -> T:
     """Return read(), tried again with growing pauses when it fails and, from a URL, when it stalls.
 
-    Raises lasting errors at once, OSError after the last attempt, and StalledRead soon after a stop request.
+    Raises lasting errors at once, OSError after the last attempt.
     """
     for attempt in range(ATTEMPTS):
         if attempt:
-            end_stalled_read()
             time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
         try:
             return _with_timeout(read) if is_url(path) else read()
@@ -149,7 +145,7 @@ def _read_local(path: Location, start: int, size: int) -> bytes:
 
 def _with_timeout(read: Callable[[], T]) -> T:
     """Return read(), or raise TimeoutError after TIMEOUT: not every kind of storage has a time limit of its own."""
-    future, end = Future(), time.monotonic() + TIMEOUT
+    future = Future()
 
     def work() -> None:
         try:
@@ -158,8 +154,6 @@ def _with_timeout(read: Callable[[], T]) -> T:
             future.set_exception(error)
 
     Thread(target=work, daemon=True).start()  # a pool's threads would hold the exit
-    while not wait([future], timeout=min(_POLL, TIMEOUT)).done:
-        end_stalled_read()
-        if time.monotonic() >= end:
-            raise TimeoutError(f"no answer in {TIMEOUT:g} s")
+    if not wait([future], timeout=TIMEOUT).done:
+        raise TimeoutError(f"no answer in {TIMEOUT:g} s")
     return future.result()

@@ -52,10 +52,7 @@ def run_facts(content: dict[str, Any], file: Path, weights_sha256: str) -> dict[
 
 
 def model_card(facts: dict[str, Any], repo: str | None = None) -> str:
-    """The README.md of a shared folder: Markdown with the hub's metadata in YAML on top.
-
-    facts: the header of the shared file. repo: its user/repo on the hub.
-    """
+    """The README.md of a shared folder; facts: the header of the shared file, repo: its user/repo on the hub."""
     texts = {"facts": facts, "repo": repo, "title": repo.rpartition("/")[2] if repo else facts["name"]}
     texts["accuracy"] = facts["results"] and not accuracy_varies(pd.DataFrame(facts["results"]))
     texts["example_names"] = json.dumps((facts["class_names"] or ["cat", "dog", "bird"])[:3], ensure_ascii=False)

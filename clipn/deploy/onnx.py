@@ -108,7 +108,7 @@ def compare(session: Any, module: OnnxModel, images: Tensor, batch_size: int = 1
     return {name: float(torch.stack(values).nan_to_num(torch.inf, torch.inf).max()) for name, values in worst.items()}
 
 
-def _to_program(module: OnnxModel, example: Tensor) -> torch.onnx.ONNXProgram:
+def _to_program(module: OnnxModel, example: Tensor) -> "torch.onnx.ONNXProgram":
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it logs each constant that it does not fold
     try:
         return torch.onnx.export(

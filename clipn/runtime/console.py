@@ -1,7 +1,5 @@
 """Command lines: the run's log file, and errors as one line with an exit code."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex
@@ -10,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clipn.runtime.distributed import is_main, rank
-from clipn.runtime.signals import RESUME, Interrupted, StalledRead, install_signal_handlers
+from clipn.runtime.signals import RESUME, Interrupted, install_signal_handlers
 
 FAILED = 1  # exit code of an error, whose message says what to change
 
@@ -51,7 +49,7 @@ def fail_in_one_line(main: Callable[[], None], stopped_code: int = RESUME) -> No
     except Interrupted as stopped:
         log.warning("%s: %s", stopped, _command())
         sys.exit(RESUME)
-    except (KeyboardInterrupt, StalledRead):
+    except KeyboardInterrupt:
         if stopped_code == RESUME:
             log.warning("interrupted; the same command resumes: %s", _command())
         sys.exit(stopped_code)

@@ -1,10 +1,8 @@
 """One process or many: this process's rank and device, and the exchanges that training needs.
 
-Two process groups: the default one (NCCL on CUDA, gloo on the CPU) for tensors of a training step, where every rank
-answers within minutes; and a gloo group for values on the host, where a rank may wait for hours.
+Two process groups: the default one (NCCL on CUDA, gloo on the CPU) for tensors of a training step, with a timeout of
+minutes; and a gloo group for values on the host, where a rank may wait for hours.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Iterator
@@ -18,13 +16,13 @@ import torch.distributed as dist
 _STEP_TIMEOUT = timedelta(minutes=10)
 _HOST_TIMEOUT = timedelta(days=2)  # one rank indexes shards, makes a world or writes; torchrun ends ranks that wait
 
-_host_group: dist.ProcessGroup | None = None
+_host_group = None  # the gloo group
 
 
 def choose_device(name: str) -> torch.device:
     """The device for `run.device`: auto is this rank's CUDA GPU if there is one, else the CPU.
 
-    Raises ValueError for another kind of device, and for one that this machine lacks.
+    Raises ValueError for an unknown device, and for one that this machine lacks.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,7 +1,5 @@
 """Files that are absent, old, or new and complete, at any moment."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

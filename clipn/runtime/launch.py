@@ -4,8 +4,6 @@ torchrun exits with 1 whenever a rank fails. This exits with 75, as one process 
 request and the same command resumes.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence
@@ -26,8 +24,7 @@ os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
 def launch_on_all_gpus(argv: list[str]) -> None:
     """Run `clipn ARGV` under torchrun with one process per GPU, and exit; return if this process is enough.
 
-    NPROC sets another number of processes; torchrun's own PET_* variables join several machines. Raises ValueError for
-    an impossible NPROC.
+    NPROC sets the number of processes, torchrun's PET_* variables join machines. Raises ValueError for a wrong NPROC.
     """
     processes = os.environ.get("NPROC") or str(max(1, torch.cuda.device_count()))
     if not processes.isdigit() or int(processes) < 1:
@@ -36,7 +33,7 @@ def launch_on_all_gpus(argv: list[str]) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ or int(processes) == 1 and not several_machines:
         return
     root = Path(__file__).resolve().parents[2]
-    if (root / "pyproject.toml").is_file():  # a checkout, which need not be installed
+    if (root / "pyproject.toml").is_file():  # a checkout that may not be installed
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     options = [f"--nproc_per_node={processes}", *([] if several_machines else ["--standalone"])]
     sys.exit(launch([*options, "-m", "clipn", *argv]))

@@ -1,6 +1,4 @@
-"""SIGINT and SIGTERM: how a stop request ends training, other work, worker processes and stalled reads."""
-
-from __future__ import annotations
+"""SIGINT and SIGTERM: how a stop request ends training, other work and worker processes."""
 
 import multiprocessing
 import os
@@ -8,54 +6,20 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 # Exit codes after a stop request.
 RESUME = 75  # the same command resumes
 STOPPED = 130  # the same command starts again
 
-STALL_GRACE = 3.0  # seconds that a read may still take after a stop request
 _REPEAT_AFTER = 5.0  # seconds: a repeated signal before that is torchrun's copy of one that the process group received
 
 _asked: list[int] = []  # signals received outside of training
-_stop_time = RawValue("d", 0.0)  # time.monotonic() of the first stop request, 0 if none; shared with worker processes
 
 
 class Interrupted(Exception):
     """The run was asked to stop (SIGINT or SIGTERM) and has written a checkpoint to resume from."""
-
-
-class StalledRead(Exception):
-    """A stop request ended a read that takes too long to wait for."""
-
-
-class _StopWaiting(BaseException):
-    """Raised by the signal handler while the training loop waits for a batch."""
-
-
-def end_stalled_read() -> None:
-    """Raise StalledRead when a stop was requested more than STALL_GRACE seconds ago, also in a worker process."""
-    if _stop_time.value and time.monotonic() - _stop_time.value > STALL_GRACE:
-        raise StalledRead("a read stalls after a stop request")
-
-
-def scan_pool(workers: int) -> ProcessPoolExecutor:
-    """A pool whose processes ignore stop signals, and end stalled reads when the main process is asked to stop."""
-    return ProcessPoolExecutor(workers, initializer=_follow_main_process, initargs=(_stop_time,))
-
-
-def _follow_main_process(stop_time: Any) -> None:
-    global _stop_time
-    _stop_time = stop_time
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _note_stop() -> None:
-    _stop_time.value = _stop_time.value or time.monotonic()
 
 
 class StopSignals:
@@ -65,35 +29,34 @@ class StopSignals:
         self.received: int | None = None  # the number of the first signal
         self._received_at, self._waiting = 0.0, False
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         self._previous = {number: signal.signal(number, self._record) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error: Any) -> None:
-        _stop_time.value = 0.0
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def next(self, iterator: Iterator) -> Any:
         """The iterator's next item, or None at its end or when a stop is requested before the item arrives."""
-        self._waiting = True
         try:
-            return None if self.received else next(iterator, None)
-        except (_StopWaiting, StalledRead):
+            self._waiting = True
+            try:
+                return None if self.received else next(iterator, None)
+            finally:
+                self._waiting = False
+        except KeyboardInterrupt:  # from _record, also in the inner `finally`
             return None
-        finally:
-            self._waiting = False
 
     def _record(self, number: int, frame: Any) -> None:
         if self.received and time.monotonic() - self._received_at > _REPEAT_AFTER:
             signal.signal(number, self._previous[number])
             os.kill(os.getpid(), number)
         elif not self.received:
-            _note_stop()
             self.received, self._received_at = number, time.monotonic()
             if self._waiting:
                 self._waiting = False
-                raise _StopWaiting
+                raise KeyboardInterrupt
 
 
 def install_signal_handlers() -> None:
@@ -110,15 +73,14 @@ def stop_if_asked() -> None:
 
 def _raise(number: int, frame: Any) -> None:
     _asked.append(number)
-    _note_stop()
     raise KeyboardInterrupt
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """Make a data-loading worker ignore SIGINT, and SIGTERM unless its parent sent it; a `worker_init_fn`.
+def ignore_stop_signals(worker: int = 0) -> None:
+    """Make a worker process ignore SIGINT, and SIGTERM unless its parent sent it; a `worker_init_fn` of a DataLoader.
 
     A terminal and a cluster signal the whole process group, but the main process needs its workers for the current
-    step. It ends them itself: with SIGTERM where they do not answer, above all when Python exits.
+    step. It ends them itself, by `terminated_children` or when Python exits.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has no sender of a signal: SIGTERM keeps its action there
@@ -135,7 +97,7 @@ def _exit_with_parent(parent: int) -> None:
 
 @contextmanager
 def terminated_children() -> Iterator[None]:
-    """Terminate the child processes that were started inside the context, such as workers in a stalled read."""
+    """Terminate, at the end, the processes that were started inside the context: workers may be in a stalled read."""
     before = set(multiprocessing.active_children())
     try:
         yield

@@ -1,7 +1,5 @@
 """The training loop: batches -> optimizer steps -> metrics and checkpoints in the run's folder."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -43,7 +41,7 @@ _SKIPPED_IN_A_ROW = 20  # steps that an fp16 loss scale may skip, halving itself
 
 
 def train(config: Config) -> Path:
-    """Train as the config says, or resume the run in its folder; returns the last checkpoint.
+    """Train, or resume the run in the config's folder; returns the last checkpoint.
 
     Raises ValueError or FileNotFoundError for data, weights or a run folder that do not fit, before any step;
     ValueError when more pairs are bad than data.max_bad_fraction; OSError when a checkpoint cannot be written;
@@ -51,8 +49,9 @@ def train(config: Config) -> Path:
     """
     with locked(config.run.dir) if is_main() else nullcontext():
         _train(config)
-    log.info("trained: %s", last_checkpoint(config.run.dir))
-    return last_checkpoint(config.run.dir)
+    last = last_checkpoint(config.run.dir)
+    log.info("trained: %s", last)
+    return last
 
 
 def _train(config: Config) -> None:
@@ -63,7 +62,7 @@ def _train(config: Config) -> None:
         epoch_batches(config, len(pairs))  # sizes that do not fit are an error before any weight is loaded
     resumed = find_resume(config)
     torch.manual_seed(config.run.seed)
-    objective: Objective = OBJECTIVES[config.train.objective](config, device)
+    objective = OBJECTIVES[config.train.objective](config, device)
     run = Run(config, objective, device, pairs)
     if resumed:
         objective.load(resumed["state_dict"], "train.resume")
@@ -100,26 +99,24 @@ class Step(NamedTuple):
 class Run:
     """The state of a run, and what is logged and saved of it.
 
-    The numbers of a step are read and checked when it is logged and before a checkpoint is written, so a device never
-    waits for a step to be read. A run may compute some steps after a bad number, but it keeps none of them.
+    Numbers are read and checked only when a step is logged and before a checkpoint is written, so that a device does
+    not wait. A run may compute some steps after a bad number, but it keeps none of them.
     """
 
     def __init__(self, config: Config, objective: Objective, device: torch.device, pairs: Pairs | None = None) -> None:
         self.config, self.objective, self.device = config, objective, device
-        self.settings = to_dict(config)
         self.optimizer = build_optimizer(objective.trained, config.train)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "fp16")
         barrier()  # ranks load weights at different speeds, and DistributedDataParallel waits for minutes only
         self.trained = objective.trained if world_size() == 1 else DistributedDataParallel(objective.trained)
         self.pair_name: Callable[[int], str] = pairs.name if pairs else "pair {}".format
         self.step, self.steps_per_epoch, self.available, self.fingerprint = 0, 1, 0, ""
-        # Skipped pairs by cause: over all ranks when the run started or resumed, and of this rank since.
-        self.skipped_before, self.skipped = torch.zeros(len(CAUSES)), torch.zeros(len(CAUSES))
+        self.skipped = torch.zeros(len(CAUSES))  # pairs by cause: of this rank, on rank 0 also those before a resume
         self.skipped_steps, self.skipped_in_a_row = 0, 0  # by an fp16 loss scale
         self.left_out = dict(pairs.faults) if pairs else {}  # pairs that no epoch contains, by cause
         self.checkpoints: Checkpoints | None = None
-        self.unchecked: list[Step] = []  # the steps since the last check, the newest last
-        self.last: Step | None = None
+        self.unchecked: list[Step] = []  # the steps since the last check
+        self.last: Step | None = None  # the newest step
         self.logged_at, self.logged_step = time.perf_counter(), 0
 
     @property
@@ -137,8 +134,8 @@ class Run:
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
         self.step = self.logged_step = training["step"]
-        for cause, count in training["skipped"].items():
-            self.skipped_before[CAUSES.index(cause)] = count
+        for cause, count in training["skipped"].items() if is_main() else ():
+            self.skipped[CAUSES.index(cause)] = count
         self.skipped_steps = training["skipped_steps"]
         if training["ranks"] != world_size():
             share = self.config.train.batch_size // world_size()
@@ -150,23 +147,22 @@ class Run:
     def log_summary(self) -> None:
         """Log what is about to be trained."""
         train, num_pairs = self.config.train, self.config.data.num_pairs or self.available
-        learning = sum(p.numel() for p in self.objective.trained.parameters() if p.requires_grad)
+        learning = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
         log.info(
             f"training {train.objective} ({self.config.model.name}, {learning / 1e6:.1f} M parameters learn) on "
             f"{world_size()} x {self.device}: {num_pairs} pairs, {train.epochs} epochs of {self.steps_per_epoch} "
             f"steps, from step {self.step}"
         )
-        unused = num_pairs % train.batch_size
-        if unused:
+        if unused := num_pairs % train.batch_size:
             log.info(f"each epoch leaves out {unused} pairs that fill no batch, and every epoch leaves out others")
 
     def take_steps(self, loader: Any, stop: StopSignals) -> None:
         """Take the remaining steps; returns when the last checkpoint is on disk. Raises Interrupted on a stop."""
-        train, folder = self.config.train, self.config.run.dir
+        train, folder, every = self.config.train, self.config.run.dir, self.config.train.checkpoint_every_steps
         self.checkpoints = Checkpoints(folder, train) if is_main() else None
         run_log = RunLog(folder, self.step) if is_main() else None
-        bar = tqdm(total=self.total, initial=self.step, unit="step", disable=None if is_main() else True)
-        bar.set_description(f"{train.objective} {Path(folder).name}")
+        name, disable = f"{train.objective} {Path(folder).name}", None if is_main() else True
+        bar = tqdm(desc=name, total=self.total, initial=self.step, unit="step", disable=disable)
         self.logged_at = saved_at = time.perf_counter()
         saved_step = self.step
         with self.checkpoints or nullcontext(), closing(run_log) if run_log else nullcontext(), bar:
@@ -175,7 +171,7 @@ class Run:
                 while self.step < self.total:
                     batch = stop.next(batches)
                     minutes = (time.perf_counter() - saved_at) / 60
-                    due = bool(train.checkpoint_every_minutes) and minutes >= train.checkpoint_every_minutes
+                    due = 0 < train.checkpoint_every_minutes <= minutes
                     stopped, due = sum_over_ranks([batch is None, due])  # a rank that waits for data can still stop all
                     if stopped:
                         break
@@ -184,7 +180,6 @@ class Run:
                     ends_epoch = self.step % self.steps_per_epoch == 0
                     if ends_epoch or self.step % train.log_every_steps == 0:
                         self.log_metrics(run_log, bar)
-                    every = train.checkpoint_every_steps
                     if ends_epoch or due or (every and self.step % every == 0):
                         self.save(ends_epoch)
                         saved_at, saved_step = time.perf_counter(), self.step
@@ -226,8 +221,7 @@ class Run:
         loss, terms = 0.0, {}
         for first in range(0, share, size):
             rows = slice(first, min(first + size, share))
-            last = rows.stop == share
-            with nullcontext() if last or world_size() == 1 else self.trained.no_sync():
+            with nullcontext() if rows.stop == share or world_size() == 1 else self.trained.no_sync():
                 part, parts = self.objective.loss(self.trained, batch, rows)
                 self.scaler.scale(part).backward()
             loss = loss + part.detach()
@@ -235,7 +229,7 @@ class Run:
         return loss, terms
 
     def log_metrics(self, run_log: RunLog | None, bar: tqdm) -> None:
-        """Check and log the step that was just taken. Raises ValueError when too many pairs are bad."""
+        """Check and log the last step. Raises ValueError when too many pairs are bad."""
         loss, grad_norm = self.check_numbers()
         train, now = self.config.train, time.perf_counter()
         pairs_per_s = (self.step - self.logged_step) * train.batch_size / (now - self.logged_at)
@@ -262,8 +256,8 @@ class Run:
 
     def skipped_causes(self) -> dict[str, int]:
         """How many pairs the run has skipped on all ranks, by cause."""
-        counts = self.skipped_before + torch.tensor(sum_over_ranks(self.skipped.tolist()))
-        return {cause: int(count) for cause, count in zip(CAUSES, counts.tolist(), strict=True) if count}
+        counts = sum_over_ranks(self.skipped.tolist())
+        return {cause: int(count) for cause, count in zip(CAUSES, counts, strict=True) if count}
 
     def check_numbers(self) -> tuple[float, float]:
         """The last step's loss and gradient norm. Raises FloatingPointError, on every rank, for a bad step since."""
@@ -301,9 +295,9 @@ class Run:
         if self.last and not torch.stack([weight.isfinite().all() for weight in weights]).all():
             self._stop_on_bad_number("a weight", math.nan, self.last)
         content, epoch = self.checkpoint(), self.step // self.steps_per_epoch
-        kept = ends_epoch and (epoch % self.config.train.keep_every_epochs == 0 or self.step == self.total)
+        keep = ends_epoch and (epoch % self.config.train.keep_every_epochs == 0 or self.step == self.total)
         if self.checkpoints:
-            self.checkpoints.write(content, self.step, epoch if kept else None)
+            self.checkpoints.write(content, self.step, epoch if keep else None)
 
     def checkpoint(self) -> dict[str, Any]:
         """The content of a checkpoint: the published layout, and what an exact resume needs."""
@@ -313,7 +307,7 @@ class Run:
             "state_dict": self.objective.published_state(),
             "preprocess": dict(self.objective.preprocess),
             "architecture": self.objective.architecture,
-            "config": self.settings,
+            "config": to_dict(self.config),
             "training": {
                 "format": FORMAT,
                 "step": self.step,

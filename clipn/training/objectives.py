@@ -1,10 +1,7 @@
 """What a training run optimises: CLIPN's no tower, or the base CLIP itself, and its loss on a batch."""
 
-from __future__ import annotations
-
 import logging
 import math
-from typing import Any, Protocol
 
 import torch
 from open_clip import ClipLoss
@@ -14,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipn.config.schema import Config
 from clipn.losses import itbo_loss, tso_loss
-from clipn.model.base import Architecture, build_base
+from clipn.model.base import build_base
 from clipn.model.checkpoint import load_weights, published_state
 from clipn.model.clipn import configured_model
 from clipn.model.packed_text import compile_text, text_features
@@ -27,38 +24,11 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 
 
-class Objective(Protocol):
-    """A training run's model. `trained` holds every parameter that learns."""
-
-    trained: nn.Module
-    preprocess: dict
-    architecture: Architecture
-
-    def prepare(self, batch: Batch, step: int) -> Batch:
-        """Compute on the device what this rank's share of a global batch needs once and without a gradient."""
-
-    def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        """The part of these rows of a prepared batch in the loss and in its logged terms.
-
-        `trained` is self.trained, wrapped for many ranks or not. Summed over rows, the mean over ranks is the loss of
-        the whole global batch.
-        """
-
-    def after_step(self) -> None:
-        """Called after each optimizer step."""
-
-    def log_values(self) -> dict[str, float]:
-        """What to log besides the loss and its terms; reading it waits for the device."""
-
-    def published_state(self) -> dict[str, Tensor]:
-        """The weights in the published layout."""
-
-    def load(self, state: dict[str, Tensor], source: str) -> None:
-        """Load weights in the published layout, all of them."""
-
-
 class ClipnObjective:
-    """The no tower and its prompts learn from ITBO and TSO; the base is frozen (CLIPN, section 3.3)."""
+    """The no tower and its prompts learn from ITBO and TSO; the base is frozen (CLIPN, section 3.3).
+
+    `trained` holds every parameter that learns.
+    """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -71,6 +41,7 @@ class ClipnObjective:
             self.model.compile_towers()
 
     def prepare(self, batch: Batch, step: int) -> Batch:
+        """Compute on the device what this rank's share of a batch needs once, without a gradient."""
         tokens = batch["tokens"]
         if "image_features" in batch:
             image, yes = (batch[name].to(self.device).float() for name in ("image_features", "yes_features"))
@@ -81,6 +52,10 @@ class ClipnObjective:
         return prepared if choice is None else prepared | {"choice": choice}
 
     def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """The part of these rows of a prepared batch in the loss and in its logged terms.
+
+        `trained` is self.trained, wrapped for many ranks or not. The loss is the sum over rows, averaged over ranks.
+        """
         train, share = self.config.train, len(batch["tokens"])
         images, yes, tokens = batch["all_images"], batch["yes"][rows], batch["tokens"][rows]
         with autocast(self.device, train.precision):
@@ -109,6 +84,7 @@ class ClipnObjective:
         pass
 
     def log_values(self) -> dict[str, float]:
+        """What to log besides the loss and its terms; reading it waits for the device."""
         prompts = self.model.no_text.prompts
         return {} if prompts is None else {"prompt_norm": float(prompts.detach().mean(dim=0).norm())}
 
@@ -136,7 +112,7 @@ def _mean_logits(images: Tensor, texts: Tensor, scale: Tensor, first: int, name:
 
 
 class ClipObjective:
-    """The base CLIP learns from the ordinary contrastive loss (Radford et al., ICML 2021)."""
+    """The base CLIP learns from the ordinary contrastive loss (Radford et al., ICML 2021); methods as above."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         settings = config.model
@@ -149,9 +125,8 @@ class ClipObjective:
         self.base = sync_batch_norm(base.to(device).train(), device)
         # A logit bias cancels in the softmax, and a caption decoder has no part in this loss.
         base.requires_grad_(False)
-        for part in (base.visual, base.text):
+        for part in (base.visual, base.text, base.logit_scale):
             part.requires_grad_(True)
-        base.logit_scale.requires_grad_(True)
         if config.train.grad_checkpointing:
             base.set_grad_checkpointing(True)
         if config.train.compile:
@@ -191,8 +166,7 @@ class _Towers(nn.Module):
         self.base = base
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        image = self.base.encode_image(images, normalize=True)
-        text = text_features(self.base.text, tokens)
+        image, text = self.base.encode_image(images, normalize=True), text_features(self.base.text, tokens)
         return image, text, self.base.logit_scale.exp()
 
 
@@ -203,12 +177,11 @@ def sync_batch_norm(trained: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return convert_sync_batchnorm(trained)
     log.warning(
-        "the model has BatchNorm layers, and on the %s each of the %d ranks normalises by its own share of a batch: "
-        "the result depends on the number of ranks",
-        device.type,
-        world_size(),
+        f"the model has BatchNorm layers, and on the {device.type} each of the {world_size()} ranks normalises by its "
+        "own share of a batch: the result depends on the number of ranks"
     )
     return trained
 
 
-OBJECTIVES: dict[str, Any] = {"clipn": ClipnObjective, "clip": ClipObjective}
+Objective = ClipnObjective | ClipObjective
+OBJECTIVES: dict[str, type[Objective]] = {"clipn": ClipnObjective, "clip": ClipObjective}

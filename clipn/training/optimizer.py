@@ -1,7 +1,5 @@
 """The optimizer: AdamW, and the learning rate of each step."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ checkpoints/epoch_N.pt   every `train.keep_every_epochs`-th epoch's, and the las
 checkpoints/last.pt      the newest
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,8 +30,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2  # of the training state in a checkpoint; it changes when the random draws or their order do
 
-# Settings that a resumed run may change, by section: they do not change what is computed.
 _KEEPING = ["checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints", "keep_every_epochs"]
+# Settings that a resumed run may change, by section: they do not change what is computed.
 RESUME_MAY_CHANGE = {
     "run": ["dir", "device", "seeds"],
     "model": [],
@@ -54,16 +52,15 @@ def locked(run_dir: str | Path) -> Iterator[None]:
             if fcntl:  # lockf, which workers do not inherit: they may outlive a killed run for a moment
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise ValueError(
-                f"run.dir={str(run_dir)!r}: another process is training there; wait, or stop it"
-            ) from error
+            place = f"run.dir={str(run_dir)!r}"
+            raise ValueError(f"{place}: another process is training there; wait, or stop it") from error
         yield
 
 
 class Checkpoints:
-    """Writes a run's checkpoints in the background, so that training waits for a copy in memory only. For rank 0.
+    """Rank 0 writes a run's checkpoints in the background, so that training waits only for a copy in memory.
 
-    At the end of the context, also after an error, every write has ended. Raises OSError when one has failed.
+    When the context ends, also after an error, every write has ended. Raises OSError when one has failed.
     """
 
     def __init__(self, run_dir: str | Path, train: TrainConfig) -> None:
@@ -73,7 +70,7 @@ class Checkpoints:
         for partial in self.folder.glob("*.partial"):  # of a run that was killed while it wrote
             partial.unlink(missing_ok=True)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -82,7 +79,7 @@ class Checkpoints:
             self.wait()
 
     def write(self, content: dict[str, Any], step: int, epoch: int | None) -> None:
-        """Copy the content, and write it after the previous checkpoint. epoch: the epoch that ends here, if kept."""
+        """Copy the content, and write it after the previous checkpoint; epoch: to keep it as epoch_N.pt too."""
         self.wait()
         self.current = self.writer.submit(self._write, _copy(content), step, epoch)
 
@@ -109,8 +106,7 @@ class Checkpoints:
 def find_resume(config: Config) -> dict[str, Any] | None:
     """The checkpoint to resume from, or None for a new run.
 
-    Raises FileNotFoundError for a train.resume that does not exist; ValueError when no checkpoint of the folder can be
-    read, and when resuming would mix two runs.
+    Raises FileNotFoundError for a missing train.resume; ValueError when none can be read or two runs would mix.
     """
     resume, folder = config.train.resume, checkpoint_folder(config.run.dir)
     if resume == "never" and any(folder.glob("*.pt")):
@@ -122,7 +118,9 @@ def find_resume(config: Config) -> dict[str, Any] | None:
     if not content and resume not in ("auto", "never"):
         path, content = Path(resume), read_checkpoint(resume)
     if not content:
-        _refuse_another_run(config)
+        file, metrics = Path(config.run.dir) / "config.yaml", metrics_file(config.run.dir)
+        if file.is_file() and metrics.is_file() and metrics.stat().st_size:  # a run that has no checkpoint yet
+            _compare_settings(to_dict(load_config(file)), config, f"{file.parent} holds the beginning of a run")
         return None
     training = content.get("training") or {}
     if "config" not in content or not training.keys() >= _STATE:
@@ -138,7 +136,7 @@ def find_resume(config: Config) -> dict[str, Any] | None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
-    """The newest readable checkpoint of a folder. Raises ValueError when it has some and none is readable."""
+    """The newest readable checkpoint of a folder. Raises ValueError when it has checkpoints but none is readable."""
     paths = [*_by_number(folder, "step"), *folder.glob("last.pt"), *_by_number(folder, "epoch")]
     for path in paths:
         try:
@@ -148,13 +146,6 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | tuple[None,
     if paths:
         raise ValueError(f"{folder}: none of its {len(paths)} checkpoints can be read; move them away to start again")
     return None, None
-
-
-def _refuse_another_run(config: Config) -> None:
-    """Raise ValueError when the folder holds a run with other settings that has no checkpoint yet."""
-    file, metrics = Path(config.run.dir) / "config.yaml", metrics_file(config.run.dir)
-    if file.is_file() and metrics.is_file() and metrics.stat().st_size:
-        _compare_settings(to_dict(load_config(file)), config, f"{file.parent} holds the beginning of a run")
 
 
 def _compare_settings(before: dict[str, Any], config: Config, place: str) -> None:

@@ -1,7 +1,5 @@
 """A run's metrics: metrics.jsonl, and TensorBoard where it is installed."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -11,7 +9,7 @@ from clipn.runtime.files import atomic_write
 
 
 class RunLog:
-    """A line per logged step in metrics.jsonl in the run's folder, and the same numbers in its folder tensorboard.
+    """Writes metrics.jsonl in a run's folder, one line per logged step, and the same numbers for TensorBoard.
 
     step: where the run starts or resumes; lines of later steps, which a killed run wrote, are dropped.
     """
@@ -19,14 +17,18 @@ class RunLog:
     def __init__(self, folder: str | Path, step: int) -> None:
         self.file = metrics_file(folder)
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= step]
         with atomic_write(self.file) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
-        self.board = _open_board(Path(folder) / "tensorboard", step)
+            file.write("".join(f"{line}\n" for line in lines if _step_of(line) <= step).encode())
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.board = None
+        else:
+            self.board = SummaryWriter(Path(folder) / "tensorboard", purge_step=step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
-        broken = {name: None for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)}
-        line = line | broken  # JSON has no infinity
+        # JSON has no infinity
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.board:
@@ -42,14 +44,6 @@ class RunLog:
 
 def metrics_file(folder: str | Path) -> Path:
     return Path(folder) / "metrics.jsonl"
-
-
-def _open_board(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def _step_of(line: str) -> float:

@@ -12,9 +12,8 @@ Each row of the table says what happened, and whether the final weights are, bit
 as many ranks.
 """
 
-from __future__ import annotations
-
 import argparse
+import functools
 import os
 import random
 import resource
@@ -41,13 +40,15 @@ EVERY = 10  # steps between checkpoints
 SETTINGS = ["base={}", "eval.id=null", "model.pretrained=null", "train.epochs=2", "train.batch_size=32"]
 SETTINGS += ["train.log_every_steps=1", f"train.checkpoint_every_steps={EVERY}", "features.part_size=256"]
 SETTINGS += ["world.images_per_class=1", "data.workers=0"]
+# Steps. A checkpoint waits for the one before, so a kill during a write loses the steps since that one.
+MAX_LOST = {signal.SIGKILL: 2 * EVERY, signal.SIGTERM: 0}
 Result = tuple[str, bool]  # what happened, and whether nothing was lost
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; see the module. Returns the number of faults after which a run differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help=", ".join(FAULTS))
+    parser.add_argument("faults", nargs="*", metavar="FAULT", default=[*FAULTS], help=", ".join(FAULTS))
     parser.add_argument("--times", type=int, default=20, help="number of signals of kill, stop and extract")
     parser.add_argument("--pairs", type=int, default=4000, help="pairs that the run trains on")
     parser.add_argument("--seed", type=int, default=0, help="of the random times")
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         drill = Drill(Path(folder), arguments.times, arguments.pairs, random.Random(arguments.seed))
         print("| fault | what happened | final weights |\n| --- | --- | --- |", flush=True)
-        for name in arguments.faults or FAULTS:
+        for name in arguments.faults:
             text, same = FAULTS[name](drill)
             failures += not same
             print(f"| {name} | {text} | {'the same bits' if same else 'DIFFERENT'} |", flush=True)
@@ -74,7 +75,6 @@ class Drill:
         self.folder, self.times, self.random = folder, times, times_of_signals
         self.settings = [*SETTINGS, f"world.root={folder}/world", f"world.num_pairs={pairs}"]
         make_toy(folder / "world", pairs, images_per_class=1, seed=0, image_size=32)
-        self.undisturbed: dict[str, tuple[dict, float]] = {}  # by kind of run: its weights, and its seconds
 
     def start(self, run: str, *words: str, ranks: int = 1, file_size: int | None = None) -> subprocess.Popen:
         """Start or resume a run; file_size: the bytes after which writing a file fails."""
@@ -84,25 +84,11 @@ class Drill:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
 
-        command = [
-            sys.executable,
-            "-m",
-            "clipn",
-            "train",
-            "toy",
-            f"run.dir={self.folder / run}",
-            *self.settings,
-            *words,
-        ]
-        return subprocess.Popen(
-            [*command, *self.settings, *words],
-            cwd=ROOT,
-            env=os.environ | {"NPROC": str(ranks)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=limit,
-        )
+        command = [sys.executable, "-m", "clipn", "train", "toy", f"run.dir={self.folder / run}"]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = os.environ | {"NPROC": str(ranks)}
+        command += [*self.settings, *words]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=limit, **output)
 
     def finish(self, run: str, *words: str, ranks: int = 1) -> None:
         """Run the same command undisturbed to its end."""
@@ -111,14 +97,12 @@ class Drill:
         if process.returncode:
             raise RuntimeError(f"exit code {process.returncode} without a fault: {output[-2000:]}")
 
+    @functools.cache  # noqa: B019
     def expected(self, *words: str, ranks: int = 1) -> tuple[dict, float]:
         """The weights of such a run when undisturbed, and its seconds."""
-        run = f"undisturbed_{ranks}{'_features' if words else ''}"
-        if run not in self.undisturbed:
-            began = time.monotonic()
-            self.finish(run, *words, ranks=ranks)
-            self.undisturbed[run] = self.weights(run), time.monotonic() - began
-        return self.undisturbed[run]
+        run, began = f"undisturbed_{ranks}{'_features' if words else ''}", time.monotonic()
+        self.finish(run, *words, ranks=ranks)
+        return self.weights(run), time.monotonic() - began
 
     def weights(self, run: str) -> dict:
         return read_checkpoint(last_checkpoint(self.folder / run))["state_dict"]
@@ -145,7 +129,7 @@ class Drill:
         return process
 
     def kill_at(self, run: str, steps: int) -> int:
-        """Start a run and kill it once it has logged some steps; returns the step of its newest checkpoint."""
+        """Kill a run once it has logged some steps; returns the step of its newest checkpoint."""
         process = self.start_until(run, steps)
         process.kill()
         process.communicate()
@@ -169,8 +153,7 @@ def strike(drill: Drill, name: str, number: int, *words: str) -> Result:
             lost.append(drill.steps_logged(run) - drill.step(run))
         runs, same = runs + 1, same and process.returncode == 0 and drill.same(run, *words)
     text = f"{len(lost)} times in {runs} runs, codes {sorted(codes)}; {min(lost)} to {max(lost)} steps lost each time"
-    # A checkpoint waits for the one before, so a kill during a write loses the steps since that one.
-    return text, same and max(lost) <= (2 * EVERY if number == signal.SIGKILL else 0)
+    return text, same and max(lost) <= MAX_LOST[number]
 
 
 def full_disk(drill: Drill) -> Result:
@@ -193,27 +176,18 @@ def truncated(drill: Drill) -> Result:
     return text, 0 < after < before and drill.same("truncated")
 
 
-def rank(drill: Drill) -> Result:
-    process = drill.start_until("rank", 3 * EVERY, ranks=2)
+def two_ranks(drill: Drill, name: str, number: int, code: int) -> Result:
+    """Kill one of two ranks, or ask the command that started them to stop."""
+    process = drill.start_until(name, 3 * EVERY, ranks=2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(int(children[-1]) if number == signal.SIGKILL else process.pid, number)
     began = time.monotonic()
     output = process.communicate()[0]
-    seconds, lost = time.monotonic() - began, drill.steps_logged("rank") - drill.step("rank")
+    seconds, lost = time.monotonic() - began, drill.steps_logged(name) - drill.step(name)
     message = [line for line in output.splitlines() if line.startswith("error: rank")][-1:]
-    drill.finish("rank", ranks=2)
+    drill.finish(name, ranks=2)
     text = f"exit code {process.returncode} after {seconds:.0f} s, {lost} steps lost: {message}"
-    return text, process.returncode == FAILED and lost <= 2 * EVERY and drill.same("rank", ranks=2)
-
-
-def stop_ranks(drill: Drill) -> Result:
-    process = drill.start_until("stop-ranks", 3 * EVERY, ranks=2)
-    process.terminate()
-    process.communicate()
-    lost = drill.steps_logged("stop-ranks") - drill.step("stop-ranks")
-    drill.finish("stop-ranks", ranks=2)
-    text = f"exit code {process.returncode}, {lost} steps lost"
-    return text, process.returncode == RESUME and lost == 0 and drill.same("stop-ranks", ranks=2)
+    return text, process.returncode == code and lost <= MAX_LOST[number] and drill.same(name, ranks=2)
 
 
 FAULTS: dict[str, Callable[[Drill], Result]] = {
@@ -222,8 +196,8 @@ FAULTS: dict[str, Callable[[Drill], Result]] = {
     "full-disk": full_disk,
     "truncated": truncated,
     "extract": lambda drill: strike(drill, "extracted", signal.SIGKILL, "data.source=features"),
-    "rank": rank,
-    "stop-ranks": stop_ranks,
+    "rank": lambda drill: two_ranks(drill, "rank", signal.SIGKILL, FAILED),
+    "stop-ranks": lambda drill: two_ranks(drill, "stop-ranks", signal.SIGTERM, RESUME),
 }
 
 

@@ -214,11 +214,9 @@ def check_pairs(pairs, contents: list[set[bytes]] | None = None) -> None:
             alone.append(error.cause)
             continue
         if contents:
-            members, pair = contents[pairs.index.shard[number]], pairs[number]
+            members, pair, is_json = contents[pairs.index.shard[number]], pairs[number], pairs.index.text_is_json
             assert pair.image in members, f"the image of pair {number} is no member"
-            assert pairs.index.text_is_json[number] or pair.caption.encode() in members, (
-                f"caption {number} is no member"
-            )
+            assert is_json[number] or pair.caption.encode() in members, f"caption {number} is no member"
     for number, own in enumerate(alone):
         try:
             sample = dataset[(0, number)]
@@ -237,7 +235,7 @@ def check_pairs(pairs, contents: list[set[bytes]] | None = None) -> None:
 @given(tars=st.lists(shards(), min_size=1, max_size=2), sizes=mostly(None, JSON), key=mostly(None, st.just("alt")))
 def test_shards(tars, sizes, key):
     one_process = nullcontext(SimpleNamespace(map=map))  # an alarm does not reach another process
-    with one_clear_end() as folder, patch("clipn.data.shards.scan_pool", lambda workers: one_process):
+    with one_clear_end() as folder, patch("clipn.data.shards.ProcessPoolExecutor", return_value=one_process):
         paths = [folder / f"{number}.tar" for number in range(len(tars))]
         for path, content in zip([*paths, folder / "sizes.json"], [*tars, sizes], strict=True):
             path.write_bytes(content or b"{}")
