@@ -1,6 +1,7 @@
 """Devices, signals of worker processes, and errors of the device in one line."""
 
 import multiprocessing
+import signal
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -11,7 +12,7 @@ from test_train import ROOT
 
 from clipn.runtime.console import FAILED, fail_in_one_line
 from clipn.runtime.distributed import choose_device, process_group
-from clipn.runtime.signals import ignore_stop_signals
+from clipn.runtime.signals import ignore_stop_signals, killed_children
 
 
 def test_mps_is_a_device_of_one_process_where_it_is_available(monkeypatch):
@@ -57,19 +58,19 @@ def answer(pipe) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_a_worker_ends_on_its_parents_sigterm_alone(method):
+def test_a_worker_ignores_stop_signals_and_its_parent_kills_it(method):
     context = multiprocessing.get_context(method)
     here, there = context.Pipe()
     worker = context.Process(target=answer, args=(there,), daemon=True)
-    worker.start()
-    assert here.recv() == "ready"
-    for number in ("INT", "TERM"):  # as from a terminal or a cluster
-        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
-    here.send("alive")
-    assert here.recv() == "alive"
-    worker.terminate()
-    worker.join(timeout=60)
-    assert worker.exitcode == 0
+    with killed_children():
+        worker.start()
+        assert here.recv() == "ready"
+        for number in ("INT", "TERM"):  # as from a terminal or a cluster
+            subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+        here.send("alive")
+        assert here.recv() == "alive"
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_a_process_ends_while_its_loader_is_alive(config_file):

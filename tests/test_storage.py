@@ -248,7 +248,7 @@ def test_a_stop_request_ends_batches_whose_reads_stall(server, shards, settings,
     data = settings(server.url("{0..1}.tar"), workers=workers)
     pairs = open_pairs(data)
     stop_when_stalled(0)
-    with signals.StopSignals() as stop, signals.terminated_children():
+    with signals.StopSignals() as stop, signals.killed_children():
         stalled = batches(data, pairs)
         assert stop.next(stalled) is None and stop.received == signal.SIGTERM
     processes = getattr(stalled, "_workers", [])

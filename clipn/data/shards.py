@@ -16,7 +16,7 @@ from tqdm import tqdm
 from clipn.data.storage import Location, is_url, open_stream, read_range, version_of, with_retries
 from clipn.runtime.distributed import barrier, is_main
 from clipn.runtime.files import atomic_write
-from clipn.runtime.signals import ignore_stop_signals, stop_if_asked, terminated_children
+from clipn.runtime.signals import ignore_stop_signals, killed_children, stop_if_asked
 
 CAUSES = (
     "unreadable file",
@@ -159,7 +159,7 @@ def _cached_scans(paths: Sequence[Location], folder: Path) -> list[Scan]:
     if missing := [number for number, scan in enumerate(scans) if scan is None]:
         progress = tqdm(missing, desc="indexing shards", unit="shard", disable=None if is_main() else True)
         workers = min(len(missing), os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, initializer=ignore_stop_signals) as pool, terminated_children():
+        with ProcessPoolExecutor(workers, initializer=ignore_stop_signals) as pool, killed_children():
             for number, scan in zip(progress, pool.map(scan_shard, [paths[n] for n in missing]), strict=True):
                 stop_if_asked()
                 scans[number] = scan

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from clipn.runtime.distributed import barrier, gather_values, is_main, rank, world_size
 from clipn.runtime.files import atomic_write
-from clipn.runtime.signals import ignore_stop_signals, stop_if_asked, terminated_children
+from clipn.runtime.signals import ignore_stop_signals, killed_children, stop_if_asked
 
 _FORMAT = 2  # of the folder; a store of another format is refused
 
@@ -118,7 +118,7 @@ class FeatureStore:
         )
         total = sum(len(self.numbers(part)) for part in parts)
         disable = None if is_main() else True  # None: where there is no terminal
-        with tqdm(total=total, desc=name, unit="image", disable=disable, leave=False) as bar, terminated_children():
+        with tqdm(total=total, desc=name, unit="image", disable=disable, leave=False) as bar, killed_children():
             loaded, skipped, seen = iter(loader), [], 0
             for part in parts:
                 columns: dict[str, list[Tensor]] = defaultdict(list)

@@ -1,9 +1,9 @@
 """SIGINT and SIGTERM: how a stop request ends training, other work and worker processes."""
 
-import multiprocessing
+import atexit
+import multiprocessing.util  # its exit handler is registered first, so ours runs before it
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,30 +77,38 @@ def _raise(number: int, frame: Any) -> None:
 
 
 def ignore_stop_signals(worker: int = 0) -> None:
-    """Make a worker process ignore SIGINT, and SIGTERM unless its parent sent it; a `worker_init_fn` of a DataLoader.
+    """Make a worker process ignore SIGINT and SIGTERM; a `worker_init_fn` of a DataLoader.
 
     A terminal and a cluster signal the whole process group, but the main process needs its workers for the current
-    step. It ends them itself, by `terminated_children` or when Python exits.
+    step. It kills them itself, in `killed_children` or when Python exits.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has no sender of a signal: SIGTERM keeps its action there
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        parent = multiprocessing.parent_process().pid  # os.getppid() may be a fork server
-        threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def terminated_children() -> Iterator[None]:
-    """Terminate, at the end, the processes that were started inside the context: workers may be in a stalled read."""
+def killed_children() -> Iterator[None]:
+    """Kill, at the end, the processes that were started inside the context: workers may be in a stalled read."""
     before = set(multiprocessing.active_children())
     try:
         yield
     finally:
-        for child in set(multiprocessing.active_children()) - before:
-            child.terminate()
+        _kill(set(multiprocessing.active_children()) - before)
+
+
+@atexit.register
+def _kill_daemons() -> None:
+    """Kill the workers that are left: multiprocessing would send SIGTERM, which they ignore, and wait without end."""
+    _kill({child for child in multiprocessing.active_children() if child.daemon})
+
+
+def _kill(children: set[multiprocessing.Process]) -> None:
+    """Kill processes and wait for them, without PyTorch's handler of SIGCHLD, which raises for a killed worker."""
+    if not children:
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
+    signal.signal(signal.SIGCHLD, handler)

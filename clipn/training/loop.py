@@ -29,7 +29,7 @@ from clipn.runtime.distributed import (
     sum_over_ranks,
     world_size,
 )
-from clipn.runtime.signals import Interrupted, StopSignals, terminated_children
+from clipn.runtime.signals import Interrupted, StopSignals, killed_children
 from clipn.training.objectives import OBJECTIVES, Batch, Objective
 from clipn.training.optimizer import build_optimizer, learning_rate
 from clipn.training.run_folder import FORMAT, Checkpoints, find_resume, locked
@@ -166,7 +166,7 @@ class Run:
         self.logged_at = saved_at = time.perf_counter()
         saved_step = self.step
         with self.checkpoints or nullcontext(), closing(run_log) if run_log else nullcontext(), bar:
-            with terminated_children():
+            with killed_children():
                 batches = iter(loader)
                 while self.step < self.total:
                     batch = stop.next(batches)
