@@ -4,6 +4,7 @@ import atexit
 import multiprocessing.util  # its exit handler is registered first, so ours runs before it
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,11 +105,12 @@ def _kill_daemons() -> None:
 
 def _kill(children: set[multiprocessing.Process]) -> None:
     """Kill processes and wait for them, without PyTorch's handler of SIGCHLD, which raises for a killed worker."""
-    if not children:
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    handler = None
+    if children and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in children:
         child.kill()
     for child in children:
         child.join()
-    signal.signal(signal.SIGCHLD, handler)
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, handler)
