@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     options = vars(_parser().parse_args(argv))
     run, all_gpus, stopped_code = (options.pop(name) for name in ("run", "all_gpus", "stopped_code"))
     os.environ.setdefault("CLIPN_COMMAND", _typed(argv))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make a busy machine several times slower
     install_signal_handlers()
     try:
         from clipn.runtime.console import fail_in_one_line, start_log
