@@ -175,6 +175,19 @@ def test_stopped_it_leaves_the_rows_so_far(run, photos, csv_file, monkeypatch, c
     assert run(photos) == 130, "also while the classes are encoded"
 
 
+def test_an_image_that_was_moved_as_the_run_was_stopped_has_its_row(run, photos, csv_file, tmp_path, monkeypatch):
+    move = shutil.move
+
+    def stop_after_move(source, target):
+        move(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clipn.deploy.folders.shutil.move", stop_after_move)
+    assert run(photos, "--csv", csv_file, "--move-ood", tmp_path / "ood") == 130
+    moved = [row for row in rows(csv_file) if not os.path.exists(row.file)]
+    assert len(moved) == len([path for path in (tmp_path / "ood").rglob("*") if path.is_file()]) == 1
+
+
 def test_a_name_that_is_not_text_and_a_link_that_leads_back(run, photos, csv_file, capsys):
     odd = os.fsencode(photos) + b"/odd\xff.png"
     shutil.copy(photos / "a.png", odd)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from clipn.data.images import IMAGE_SUFFIXES, Transform, open_image
@@ -147,7 +148,8 @@ class ImageFiles(Dataset):
         try:
             return {"image": self.transform(open_image(content))}
         except Exception as error:  # PIL raises many kinds
-            log.warning("left out: %s is no readable image: %s", path, error)
+            unknown = isinstance(error, UnidentifiedImageError)  # its text names a Python object
+            log.warning("left out: %s is no readable image: %s", path, "unknown format" if unknown else error)
             return BROKEN
 
 

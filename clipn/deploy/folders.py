@@ -72,11 +72,14 @@ def predict_folders(
         try:
             for (root, path), result in zip(images, results, strict=True):
                 row = _row(path, result)
-                counts["unreadable" if row.error else "of none of them" if row.is_ood else "of the classes"] += 1
-                if row.is_ood and ood_folder:
-                    row = row._replace(error=_move(path, root, ood_folder))
-                    counts["not moved"] += bool(row.error)
-                write(row)
+                kind = "unreadable" if row.error else "of none of them" if row.is_ood else "of the classes"
+                try:
+                    if row.is_ood and ood_folder:
+                        row = row._replace(error=_move(path, root, ood_folder))
+                        counts["not moved"] += bool(row.error)
+                finally:  # a moved image has its row, also when a stop request comes in between
+                    write(row)
+                    counts[kind] += 1
                 bar.update()
         except KeyboardInterrupt:
             print(f"stopped: {_summary(counts, csv_file)}", file=sys.stderr)

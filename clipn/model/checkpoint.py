@@ -78,7 +78,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = "it holds Python objects that would be executed, or is no PyTorch file; only tensors are read"
         raise ValueError(f"{path}: refused: {reason}") from error
     except Exception as error:  # the readers raise many kinds of exceptions for damaged files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = "" if isinstance(error, KeyError) else str(error).strip()  # a key of a parser means nothing to a reader
+        reason = (text or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a whole checkpoint file: {reason}") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         content = {"state_dict": content}
