@@ -9,12 +9,14 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 
 from clipn.data.image_sets import ImageSet
@@ -138,3 +140,8 @@ def _rank(rank: int, count: int, port: int, function: Callable, *arguments: Any)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     os.environ.update(zip(names, map(str, (rank, rank, count, "127.0.0.1", port)), strict=True))
     function(*arguments)
+
+
+def default_preprocess(image_size: int) -> dict:
+    """open_clip's preprocessing of images, with OpenAI's statistics."""
+    return asdict(PreprocessCfg(size=image_size))

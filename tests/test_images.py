@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from helpers import image_bytes, write_images
+from helpers import default_preprocess, image_bytes, write_images
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from clipn.data.image_sets import ImageFiles, open_image_set
-from clipn.data.images import Augmentation, default_preprocess, open_image, train_transform, val_transform
+from clipn.data.images import Augmentation, open_image, train_transform, val_transform
 
 
 def test_every_kind_of_image_opens_as_rgb(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import (
     captions,
+    default_preprocess,
     image_bytes,
     messages,
     numbered_samples,
@@ -16,7 +17,6 @@ from helpers import (
 
 import clipn.data.pairs
 from clipn.config.schema import Config, DataConfig
-from clipn.data.images import default_preprocess
 from clipn.data.pairs import EpochBatches, open_pairs, training_loader
 from clipn.data.shards import CAUSES
 from clipn.runtime.random import stream

@@ -77,11 +77,12 @@ def test_a_process_ends_while_its_loader_is_alive(config_file):
     script = f"""
 import torch
 from clipn.config.loading import load_config
-from clipn.data.images import default_preprocess
+from dataclasses import asdict
+from open_clip.transform import PreprocessCfg
 from clipn.data.pairs import open_pairs, training_loader
 config = load_config({str(config_file)!r}, ["data.workers=1"])
 tokenizer = lambda texts: torch.zeros(len(texts), 16, dtype=torch.long)
-batches = iter(training_loader(config, open_pairs(config.data), default_preprocess(32), tokenizer)[0])
+batches = iter(training_loader(config, open_pairs(config.data), asdict(PreprocessCfg(size=32)), tokenizer)[0])
 print(next(batches)["tokens"].shape)
 """
     done = subprocess.run(

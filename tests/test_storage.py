@@ -10,11 +10,10 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
-from helpers import messages, numbered_samples, spell, write_shard
+from helpers import default_preprocess, messages, numbered_samples, spell, write_shard
 
 import clipn.data.storage
 from clipn.config.schema import Config, DataConfig
-from clipn.data.images import default_preprocess
 from clipn.data.pairs import Pairs, open_pairs, training_loader
 from clipn.data.shards import CAUSES, BadPair
 from clipn.data.storage import expand_patterns, read_range, version_of

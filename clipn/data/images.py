@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -161,8 +161,3 @@ def merge_preprocess(own: dict, stored: dict, source: str) -> dict:
         expected = f"open_clip's keys, 3 means, 3 deviations above 0, and the tower's size {own['size']}"
         raise ValueError(f"{source}: preprocess={stored!r}: expected {expected}")
     return merged
-
-
-def default_preprocess(image_size: int | Sequence[int]) -> dict:
-    """open_clip's preprocessing (OpenAI's statistics), for a model without its own."""
-    return asdict(PreprocessCfg(size=image_size))

@@ -22,14 +22,14 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from helpers import image_bytes, png_header
+from helpers import default_preprocess, image_bytes, png_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from clipn.config.loading import load_config, to_dict
 from clipn.config.schema import Config, DataConfig
-from clipn.data.images import default_preprocess, train_transform
+from clipn.data.images import train_transform
 from clipn.data.pairs import PairDataset, open_pairs
 from clipn.data.shards import CAUSES, IMAGE_KINDS, BadPair
 from clipn.model.base import get_tokenizer
