@@ -349,6 +349,8 @@ def test_a_tensor_that_looks_unprocessed_is_used_with_a_warning(detector, caplog
     for grey in (0, 150, 255):
         image = Image.new("RGB", (64, 64), (grey, grey, grey))
         assert detector.predict(detector.preprocess(image)).score == close(detector.predict(image).score)
-    caplog.clear()
-    detector.predict(torch.rand(3, 32, 32))
-    assert "used as already normalised" in messages(caplog)
+    assert "up to" not in messages(caplog)
+    for largest, values in ((1, "in 0..1"), (255, "up to 255")):
+        caplog.clear()
+        detector.predict(largest * torch.rand(3, 32, 32).round())
+        assert f"a float tensor of values {values} is used as already normalised" in messages(caplog)

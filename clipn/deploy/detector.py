@@ -225,9 +225,14 @@ class Detector:
             raise ValueError(f"{pixels.dtype} tensor of shape {shape}: expected {expected} floats; {advice}")
         if not pixels.isfinite().all():
             raise ValueError(f"float tensor with values that are not finite; {advice}")
-        if any(self.model.preprocess["mean"]) and pixels.min() >= 0 and pixels.max() <= 1:
-            log.warning("a float tensor of values in 0..1 is used as already normalised; %s", advice)
-        return pixels.float().cpu()
+        pixels = pixels.float().cpu()
+        mean, std = (torch.tensor(self.model.preprocess[key])[:, None, None] for key in ("mean", "std"))
+        largest, unprocessed = float(pixels.max()), "a float tensor of values %s is used as already normalised; %s"
+        if (pixels * std + mean).max() > 2:  # at most 1 if they are normalised
+            log.warning(unprocessed, f"up to {largest:g}", advice)
+        elif mean.any() and pixels.min() >= 0 and largest <= 1:
+            log.warning(unprocessed, "in 0..1", advice)
+        return pixels
 
     def _new_state(self, method: str, class_names: Sequence[str], templates: str | Sequence[str] | None) -> _State:
         _check(method, self.scale)
