@@ -1,9 +1,9 @@
 """Image folders as named sets."""
 
 import pytest
-from helpers import write_images
+from helpers import messages, write_images
 
-from clipn.data.image_sets import open_image_set, open_image_sets
+from clipn.data.image_sets import check_readable, open_image_set, open_image_sets
 
 
 def names(images) -> list[str]:
@@ -86,6 +86,17 @@ def test_unreadable_images_leave_a_set(tmp_path):
     images = open_image_set("mine", write_images(tmp_path, "a/1.png", "a/2.png", "b/1.png"))
     kept = images.without([1])
     assert (names(kept), kept.labels, kept.left_out) == (["a/1.png", "b/1.png"], [0, 1], [tmp_path / "a" / "2.png"])
+
+
+def test_a_set_is_readable_if_one_image_is_and_no_further_one_is_read(tmp_path, caplog):
+    write_images(tmp_path, "a/2.png")
+    for name in ("1.png", "3.png"):
+        (tmp_path / "a" / name).write_bytes(b"no image")
+    check_readable(open_image_set("mine", tmp_path))
+    assert "1.png is no readable image" in messages(caplog) and "3.png" not in messages(caplog)
+    (tmp_path / "a/2.png").unlink()
+    with pytest.raises(ValueError, match=f"^image set 'mine': none of the 2 images in {tmp_path} is readable$"):
+        check_readable(open_image_set("mine", tmp_path))
 
 
 def test_every_form_of_a_set(tmp_path):

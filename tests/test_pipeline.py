@@ -40,7 +40,10 @@ def world(monkeypatch):
 def config_path(config_file, tmp_path):
     """A run with image sets that exist, with one class name per class folder."""
     write_images(tmp_path / "sets", "id/cat/1.png", "id/dog/1.png", "ood/1.png", "flat/1.png", "owls/owl/1.png")
-    (tmp_path / "sets/empty").mkdir()
+    for folder in ("empty", "noise"):
+        (tmp_path / "sets" / folder).mkdir()
+    for name in ("1.png", "2.jpg"):
+        (tmp_path / "sets/noise" / name).write_text("no image")
     (tmp_path / "latin.txt").write_bytes("Gemüse".encode("latin-1"))
     (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
     sets = f"{{id: {tmp_path}/sets/id, ood: {tmp_path}/sets/ood, templates: simple, methods: [MSP]}}"
@@ -53,6 +56,9 @@ def config_path(config_file, tmp_path):
     [
         (["eval.ood={far: missing}"], "image set 'far': no such folder: missing"),
         (["eval.id={cats: SETS/empty}"], "image set 'cats': no image in .*empty"),
+        (["eval.ood={noise: SETS/noise}"], "image set 'noise': none of the 2 images in .*noise is readable"),
+        (["eval.id=SETS/noise", "eval.class_names=[cat]"], "none of the 2 images in .*noise is readable"),
+        (["eval.methods=[kNN]", "eval.train=SETS/noise"], "none of the 2 images in .*noise is readable"),
         (["eval.class_names=[cat]"], "1 class names for 2 class folders"),
         (["eval.class_names=names.txt"], "names.txt.*no such file"),
         (["eval.ood={id: SETS/ood}"], "'id' is the name of the ID set"),
@@ -79,8 +85,8 @@ def test_an_error_in_the_evaluation_comes_before_the_training(
 
 def test_what_the_run_itself_makes_is_checked_as_soon_as_it_is_there(config_path, tmp_path, trained, world):
     own = ["world.name=toy", "eval.id=${world.root}/id", "eval.ood={near: '${world.root}/near', far: FAR}"]
-    for far, worlds in ((f"{tmp_path}/missing", 0), ("${world.root}/missing", 1)):
-        with pytest.raises(FileNotFoundError, match="image set 'far': no such folder"):
+    for far, worlds in ((f"{tmp_path}/missing", 0), (f"{tmp_path}/sets/noise", 0), ("${world.root}/missing", 1)):
+        with pytest.raises((FileNotFoundError, ValueError), match="image set 'far': no(ne of| such folder)"):
             run_training(config_path, [word.replace("FAR", f"'{far}'") for word in own])
         assert len(world) == worlds, "the world is made only if all other sets exist"
     assert trained == []

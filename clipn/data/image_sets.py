@@ -153,6 +153,17 @@ class ImageFiles(Dataset):
             return BROKEN
 
 
+def check_readable(images: ImageSet) -> None:
+    """Raise ValueError unless an image of the set is readable; no image after the first such one is read."""
+    if all(isinstance(sample, int) for sample in ImageFiles(images.paths, lambda image: image)):
+        raise unreadable(images)
+
+
+def unreadable(images: ImageSet) -> ValueError:
+    """The error for a set without a readable image."""
+    return ValueError(f"image set {images.name!r}: none of the {len(images)} images in {images.root} is readable")
+
+
 def _listed(value: Any) -> list[str] | None:
     return None if value is None else [value] if isinstance(value, str) else [str(name) for name in value]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipn.config.schema import Config, EvalConfig
-from clipn.data.image_sets import ImageSet, open_image_sets
+from clipn.data.image_sets import ImageSet, check_readable, open_image_sets
 from clipn.data.prompts import load_class_names, load_templates
 from clipn.evaluation.results import RESULT_COLUMNS, Evaluation, SetScores, decision_rows, result_rows
 from clipn.features.image_sets import image_set_features
@@ -72,8 +72,8 @@ def evaluate(config: Config) -> Evaluation:
 def check_evaluation(config: Config, world_made: bool = True) -> None:
     """Raise what `evaluate` would raise for bad settings, before the hours of a training.
 
-    It opens templates, words, image sets and class names. Before the world is made, the image sets in world.root are
-    left out. Without eval.id it checks methods, words and templates alone.
+    It opens templates, words, image sets, an image of each, and class names. Before the world is made, the image sets
+    in world.root are left out. Without eval.id it checks methods, words and templates alone.
     """
     settings = config.eval
     check_methods(settings)
@@ -86,7 +86,7 @@ def check_evaluation(config: Config, world_made: bool = True) -> None:
     for key in ("id", "ood", "train"):
         entries = _outside(config.world.root, getattr(settings, key))
         if entries:
-            open_image_sets(entries, f"eval.{key}")
+            _open(entries, f"eval.{key}")
     if settings.class_names != "folders":
         load_class_names(settings.class_names)
 
@@ -189,8 +189,8 @@ def _models(config: Config) -> Iterator[tuple[CLIPN, int]]:
 
 def _open_sets(settings: EvalConfig) -> tuple[ImageSet, list[ImageSet], ImageSet | None]:
     """The ID set, the OOD sets, and the set of ID training images, if there is one."""
-    id_sets, ood_sets = open_image_sets(settings.id, "eval.id"), open_image_sets(settings.ood, "eval.ood")
-    train_sets = open_image_sets(settings.train, "eval.train") if settings.train else []
+    id_sets, ood_sets = _open(settings.id, "eval.id"), _open(settings.ood, "eval.ood")
+    train_sets = _open(settings.train, "eval.train") if settings.train else []
     for key, sets in (("eval.id", id_sets), ("eval.train", train_sets)):
         if len(sets) > 1:
             raise ValueError(f"{key}: expected one image set, found {', '.join(s.name for s in sets)}")
@@ -204,6 +204,14 @@ def _open_sets(settings: EvalConfig) -> tuple[ImageSet, list[ImageSet], ImageSet
         if train_set and not train_set.classes:
             raise ValueError(f"eval.train: {method} needs class folders, but {train_set.root} has none")
     return id_set, ood_sets, train_set
+
+
+def _open(value: Any, key: str) -> list[ImageSet]:
+    """`open_image_sets`; raises ValueError for a set without a readable image too."""
+    image_sets = open_image_sets(value, key)
+    for images in image_sets:
+        check_readable(images)
+    return image_sets
 
 
 def _outside(folder: str, entries: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipn.config.schema import Config
-from clipn.data.image_sets import UNREAD, ImageFiles, ImageSet
+from clipn.data.image_sets import UNREAD, ImageFiles, ImageSet, unreadable
 from clipn.data.images import val_transform
 from clipn.features.columns import MappedRows, open_rows
 from clipn.features.store import Columns, FeatureStore
@@ -62,8 +62,7 @@ def image_set_features(
         rows, parts = store.read()
         skipped, causes = rows.T.tolist()
         if not parts:
-            total = len(images)
-            raise ValueError(f"image set {images.name!r}: none of the {total} images in {images.root} is readable")
+            raise unreadable(images)
         columns = {name: torch.cat([part.pop(name) for part in parts]) for name in ("image", *scores)}
         if tower:
             columns["tower"] = open_rows([part["tower"] for part in parts], device)
