@@ -323,6 +323,17 @@ def test_one_class_and_very_many(detector, photos):
     assert result.label in many and len(result.top(20)) == 20
 
 
+def test_names_that_classes_share_are_a_warning(checkpoint, caplog):
+    names = ["cat", "maillot", "maillot"]
+    detector = clipn.Detector.from_pretrained(checkpoint, names, device="cpu")
+    assert detector.class_names == names
+    assert messages(caplog).count("several classes have the same name") == 1 and "maillot" in messages(caplog)
+    detector.set_classes(["cat", "dog"])
+    caplog.clear()
+    detector.set_classes(["cat", "cat"])
+    assert messages(caplog).endswith("cannot be distinguished: cat"), "names that are encoded already count too"
+
+
 def test_a_name_longer_than_the_context_is_truncated_with_a_warning(detector, photos, caplog):
     detector.set_classes(["cat", "an endless name " * 20])
     assert "1 class names exceed the model's 16 tokens" in messages(caplog) and "an endless" in messages(caplog)

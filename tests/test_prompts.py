@@ -4,12 +4,14 @@ import json
 import re
 
 import pytest
+from helpers import messages
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip import IMAGENET_CLASSNAMES
 
 from clipn.data.prompts import (
     check_templates,
+    class_names_of,
     clipn_release_templates,
     fill,
     load_class_names,
@@ -17,6 +19,7 @@ from clipn.data.prompts import (
     negate,
     openai_templates,
     simple_templates,
+    warn_of_shared_names,
 )
 
 
@@ -168,3 +171,10 @@ def test_name_files_that_cannot_be_read_are_named(tmp_path):
 def test_names_that_classes_share_are_a_warning(caplog):
     assert load_class_names(["sunglasses", "key", "sunglasses"], ["a", "b", "c"]).count("sunglasses") == 2
     assert "several classes have the same name" in caplog.text and "sunglasses" in caplog.text
+    caplog.clear()
+    warn_of_shared_names([str(n) for n in (*range(8), *range(7))], "names")
+    assert messages(caplog) == (
+        "names: several classes have the same name, so they cannot be distinguished: 0, 1, 2, 3, 4 and 2 more"
+    )
+    caplog.clear()
+    assert class_names_of("cat,dog,cat") == ["cat", "dog", "cat"] and not caplog.text, "the Detector warns"

@@ -91,8 +91,35 @@ def load_class_names(value: Any, folders: Sequence[str] = (), source: str = "eva
 
     value: "folders" (the folder names, underscores as spaces), "imagenet" (open_clip's 1000), a list, a .txt file
     (one per line), or a .json file or dict with a list, or with a name (or "name, synonym, ...") for each folder.
-    Without folders, the order of the dict counts. Raises ValueError or FileNotFoundError for names that do not fit.
+    Without folders, the order of the dict counts. Raises ValueError or FileNotFoundError for names that do not fit;
+    warns of names that classes share.
     """
+    names = _class_names(value, folders, source)
+    warn_of_shared_names(names, f"{source}={value!r}" if isinstance(value, str) else source)
+    return names
+
+
+def warn_of_shared_names(names: Sequence[str], source: str = "class_names") -> None:
+    """Warn if several classes have the same name, as in ImageNet, and name some."""
+    shared = sorted(name for name, count in Counter(names).items() if count > 1)
+    if shared:
+        first = ", ".join(shared[:5]) + (f" and {len(shared) - 5} more" if len(shared) > 5 else "")
+        log.warning("%s: several classes have the same name, so they cannot be distinguished: %s", source, first)
+
+
+def class_names_of(value: str, source: str = "--classes") -> list[str]:
+    """The class names of a command-line option: a file as in `load_class_names`, imagenet, or cat,dog.
+
+    The Detector that they are for warns of names that classes share.
+    """
+    if value == "imagenet" or (Path(value).exists() and not Path(value).is_dir()):
+        return _class_names(value, (), source)
+    if "," not in value:
+        raise FileNotFoundError(f"{source}={value!r}: no such file; names are given as cat,dog (one alone as cat,)")
+    return _class_names([name for name in value.split(",") if name.strip()], (), source)
+
+
+def _class_names(value: Any, folders: Sequence[str], source: str) -> list[str]:
     source = f"{source}={value!r}" if isinstance(value, str) else source
     names = value
     if value == "folders":
@@ -115,19 +142,7 @@ def load_class_names(value: Any, folders: Sequence[str] = (), source: str = "eva
         raise ValueError(f"{source}: expected names, found {'an empty one' if names else 'none'}")
     if folders and len(names) != len(folders):
         raise ValueError(f"{source}: {len(names)} class names for {len(folders)} class folders")
-    if shared := sorted(name for name, count in Counter(names).items() if count > 1):  # as in ImageNet
-        message = "%s: several classes have the same name, so they cannot be distinguished: %s"
-        log.warning(message, source, ", ".join(shared))
     return names
-
-
-def class_names_of(value: str, source: str = "--classes") -> list[str]:
-    """The class names of a command-line option: a file as in `load_class_names`, imagenet, or cat,dog."""
-    if value == "imagenet" or (Path(value).exists() and not Path(value).is_dir()):
-        return load_class_names(value, source=source)
-    if "," not in value:
-        raise FileNotFoundError(f"{source}={value!r}: no such file; names are given as cat,dog (one alone as cat,)")
-    return load_class_names([name for name in value.split(",") if name.strip()], source=source)
 
 
 def _read_names(path: Path, source: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clipn.data.prompts import fill
+from clipn.data.prompts import fill, warn_of_shared_names
 from clipn.model.base import context_length, get_tokenizer
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head, build_head
@@ -28,6 +28,7 @@ class ClassWeights:
 
     def head(self, class_names: Sequence[str], templates: tuple[str, ...]) -> Head:
         """The head of these class names; only names that are not in the cache are encoded."""
+        warn_of_shared_names(class_names)
         weights = {name: self._weights.get((templates, name)) for name in class_names}
         new = [name for name, pair in weights.items() if pair is None]
         if new:
