@@ -1,6 +1,7 @@
 """Shared weights: the no tower alone, merged with its own base again; the hub; the model card."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -268,6 +269,21 @@ def test_a_file_without_architecture_needs_a_name(material, tmp_path, small_conf
         open_model(tmp_path / "bare.pt")
     assert same(weights(tmp_path / "bare.pt", small_config), weights(material / "run"))
     assert "bare.pt does not say its images' statistics" in messages(caplog)
+
+
+def test_a_name_of_another_architecture_than_the_files_is_a_warning(material, tagged, tmp_path, small_config, caplog):
+    assert same(weights(material / "run", "RN50"), weights(material / "run"))
+    assert re.findall("model_name.*", messages(caplog)) == [
+        "model_name='RN50' is ignored: the file describes another architecture, which is used"
+    ]
+    caplog.clear()
+    open_model(material / "run", small_config)
+    model = clipn.create_model_and_transforms(*tagged)[0]
+    write_checkpoint({"state_dict": weights(model), "architecture": model.architecture}, tmp_path / "quick_gelu.pt")
+    open_model(tmp_path / "quick_gelu.pt", "Tiny-B")
+    assert "ignored" not in messages(caplog), "the same; with the activation that the weights require"
+    with pytest.raises(ValueError, match="model 'RN51' is unknown"):
+        open_model(material / "run", "RN51")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from clipn.model.base import find_architecture
 from clipn.model.checkpoint import base_weights, last_checkpoint, no_weights, read_checkpoint
 from clipn.model.clipn import CLIPN, create_model_and_transforms, load_model
 
@@ -26,7 +27,8 @@ def open_model(
 
     source: a checkpoint file, a run folder (its last checkpoint), a shared folder (`clipn export share`),
         "hf://user/repo" or "hf://user/repo@revision", or, with `model_name`, an open_clip tag.
-    model_name: an open_clip name or a JSON model config, for a tag and for a file without its architecture.
+    model_name: an open_clip name or a JSON model config, for a tag and for a file without its architecture; another
+        architecture than the file's is ignored with a warning.
     base: for a shared file, as in `load_model`.
     num_prompts: for a tag or a plain CLIP, whose no tower is then an untrained copy.
 
@@ -47,6 +49,11 @@ def open_model(
         state, architecture = content["state_dict"], content.get("architecture") or model_name
         if not architecture:
             raise ValueError(f"{file}: does not say its architecture; give model_name, open_clip's name or a JSON file")
+        if model_name and content.get("architecture"):
+            named = find_architecture(model_name)
+            if architecture not in (named, named | {"quick_gelu": True}):  # weights of a tag may require QuickGELU
+                message = "%s: model_name=%r is ignored: the file describes another architecture, which is used"
+                log.warning(message, file, str(model_name))
         if base and base_weights(state):
             raise ValueError(f"base={str(base)!r}: {file} holds a base of its own; leave base out")
         model = load_model(content, str(file), architecture, num_prompts, base)
