@@ -350,6 +350,10 @@ def test_one_probe_serves_all_checkpoints_of_a_base(evaluated, tmp_path, encoded
     assert scores["PLP-MSP"] == scores["LP-MSP"] == 1
 
 
+def test_training_images_are_opened_for_methods_that_need_them(evaluated, tmp_path):
+    assert len(evaluated("MSP,MCM-5", f"eval.train={tmp_path}/none").results) == 2
+
+
 def test_shots_limit_the_labels_of_linear_probing_alone(evaluated, tmp_path):
     evaluated("PLP-MSP,LP-MSP")
     evaluated("PLP-MSP,LP-MSP", "probe.shots=4")

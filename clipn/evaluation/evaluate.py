@@ -190,7 +190,7 @@ def _models(config: Config) -> Iterator[tuple[CLIPN, int]]:
 def _open_sets(settings: EvalConfig) -> tuple[ImageSet, list[ImageSet], ImageSet | None]:
     """The ID set, the OOD sets, and the set of ID training images, if there is one."""
     id_sets, ood_sets = _open(settings.id, "eval.id"), _open(settings.ood, "eval.ood")
-    train_sets = _open(settings.train, "eval.train") if settings.train else []
+    train_sets = _open(settings.train, "eval.train") if methods_that_need("train", settings.methods) else []
     for key, sets in (("eval.id", id_sets), ("eval.train", train_sets)):
         if len(sets) > 1:
             raise ValueError(f"{key}: expected one image set, found {', '.join(s.name for s in sets)}")
