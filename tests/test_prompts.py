@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from open_clip import IMAGENET_CLASSNAMES
 
 from clipn.data.prompts import (
+    caption_labeller,
     check_templates,
     class_names_of,
     clipn_release_templates,
@@ -81,6 +82,27 @@ def test_every_known_template_has_one_negation():
 def test_filling_inserts_the_text_as_it_is(before, text):
     before = before.replace("{}", "")
     assert fill(before + " {} {0} }{", text) == f"{before} {text} {{0}} }}{{"
+
+
+@pytest.mark.parametrize(
+    ("caption", "label"),
+    [
+        ("a small photo of the Truck", 0),
+        ("a pickup truck seen in the wild", 1),  # no other class, though a part of its name is
+        ("a pickup truck beside a truck", None),
+        ("a firetruck, a kind of trucks", None),  # whole words alone
+        ("an oak tree", 4),
+        ("an oak", 5),
+        ("an oak beside an oak tree", None),
+        ("a C++ book, a book", 2),
+        ("STRASSE", 3),
+        ("", None),
+    ],
+)
+def test_a_caption_belongs_to_the_one_class_that_it_names(caption, label):
+    names = ["truck", "pickup truck", "book", "straße", "oak tree", "oak"]
+    assert caption_labeller(names)(caption) == label
+    assert caption_labeller([])(caption) is None
 
 
 def test_templates_by_name_from_a_file_and_from_a_list(tmp_path):

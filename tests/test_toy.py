@@ -16,6 +16,7 @@ from clipn.config.schema import WorldConfig
 from clipn.toy import generate
 from clipn.toy.drawing import draw_things
 from clipn.toy.generate import make_toy
+from clipn.toy.photos import unpack_photos
 from clipn.toy.shapes import CLASSES, SCENES, TEXTURES, THINGS
 from clipn.toy.world import make_world
 
@@ -150,9 +151,28 @@ def test_photos_are_unpacked_once_beside_the_digits(tmp_path):
     write_tar(source / "pets_test.tar", {"pets/cat/1.jpg": b"cat", "pets/dog/1.jpg": b"dog"})
     make_world(config)
     assert (root / "pets/dog/1.jpg").read_bytes() == b"dog" and len(list((root / "digits").glob("*/*.jpg"))) == 500
+    assert not (root / "cifar100_train").exists(), "there are no pairs"
     (root / "pets/dog/1.jpg").write_bytes(b"touched")
     make_world(config)
     assert (root / "pets/dog/1.jpg").read_bytes() == b"touched"
     write_tar(source / "cars_val.tar", {"cars/red/1.jpg": b"car"})
     with pytest.raises(ValueError, match="was unpacked from other archives"):
         make_world(config)
+
+
+def test_photos_of_training_pairs_become_class_folders(tmp_path):
+    source, root = tmp_path / "source", tmp_path / "world"
+    source.mkdir()
+    write_tar(source / "cifar100_test.tar", {"cifar100_test/bee/1.jpg": b"", "cifar100_test/oak_tree/1.jpg": b""})
+    captions = ["photo of one bee", "a Honeybee, a kind of BEE", "an oak tree", "a bee on an oak tree", "an oak"]
+    for shard in range(3):
+        pairs = {f"{shard}{number}": caption for number, caption in enumerate(captions)}
+        images = {f"{key}.jpg": f"image {key}".encode() for key in pairs}
+        write_tar(source / f"pairs-{shard}.tar", images | {f"{key}.txt": pairs[key].encode() for key in pairs})
+    unpack_photos(source, root)
+    written = {path.relative_to(root / "cifar100_train").as_posix(): path.read_bytes() for path in root.rglob("??.jpg")}
+    expected = {"bee": ("00", "01", "10", "11"), "oak_tree": ("02", "12")}  # not of the last shard, which is held out
+    assert written == {f"{name}/{key}.jpg": f"image {key}".encode() for name in expected for key in expected[name]}
+    (root / "photos.json").write_text(json.dumps({"cifar100_test.tar": (source / "cifar100_test.tar").stat().st_size}))
+    with pytest.raises(ValueError, match="or by an older version; delete it"):  # which had no training images
+        unpack_photos(source, root)

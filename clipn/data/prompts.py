@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,22 @@ def negate(template: str) -> str:
     if " with " in template:
         return template.replace(" with ", " without ", 1)
     return _NOUN_PHRASE.sub(r"no \1{}", template, count=1)
+
+
+def caption_labeller(names: Sequence[str]) -> Callable[[str], int | None]:
+    """A function of a caption: the number of the class whose name is in it, or None if no name or several are.
+
+    Names are whole words, in any case. Of names within each other the longest counts: "truck" is not in "pickup truck".
+    """
+    numbers = {name.casefold(): number for number, name in enumerate(names)}
+    longest_first = sorted(numbers, key=len, reverse=True)
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b")
+
+    def label(caption: str) -> int | None:
+        found = {numbers[name] for name in pattern.findall(caption.casefold()) if name}
+        return found.pop() if len(found) == 1 else None
+
+    return label
 
 
 def fill(template: str, text: str) -> str:

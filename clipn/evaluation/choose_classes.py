@@ -1,16 +1,15 @@
 """`clipn classes`: the class folders that a base CLIP classifies best on held-out pairs.
 
-A held-out pair belongs to a class if its caption holds the name of that class and of no other.
+A held-out pair belongs to the class that its caption names, see `clipn.data.prompts.caption_labeller`.
 """
 
-import re
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from clipn.data.images import open_image, val_transform
-from clipn.data.prompts import simple_templates
+from clipn.data.prompts import caption_labeller, simple_templates
 from clipn.data.shards import ShardPairs
 from clipn.data.storage import expand_patterns
 from clipn.model.base import get_tokenizer
@@ -36,14 +35,13 @@ def class_accuracy(checkpoint: str, pairs: ShardPairs, folders: list[str]) -> pd
     names = [folder.replace("_", " ") for folder in folders]
     head = build_head(model, get_tokenizer(model.architecture), names, simple_templates())
     transform = val_transform(model.preprocess)
-    patterns = [re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE) for name in names]
-    rows = []
+    label_of, rows = caption_labeller(names), []
     for number in range(len(pairs)):
         pair = pairs[number]
-        labels = [label for label, pattern in enumerate(patterns) if pattern.search(pair.caption)]
-        if len(labels) == 1:
+        label = label_of(pair.caption)
+        if label is not None:
             logits, _ = head(model.encode_image(transform(open_image(pair.image))[None]))
-            rows.append((folders[labels[0]], float(logits.argmax() == labels[0])))
+            rows.append((folders[label], float(logits.argmax() == label)))
     table = pd.DataFrame(rows, columns=["class", "accuracy"]).groupby("class")["accuracy"].agg(["mean", "size"])
     table.columns = ["accuracy", "pairs"]
     return table.sort_values(["accuracy", "pairs"], ascending=False)
