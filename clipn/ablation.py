@@ -26,7 +26,10 @@ from clipn.training.loop import train
 
 NAMED = Path(__file__).with_name("configs") / "ablations" / "paper.yaml"
 # Settings that a base CLIP's training does not depend on.
-NOT_OF_THE_BASE = ("eval.", "probe.", "features.", "model.num_prompts", "train.itbo_", "train.tso_", "data.source")
+NOT_OF_THE_BASE = (
+    *("eval.", "probe.", "tagood.", "features."),
+    *("model.num_prompts", "train.itbo_", "train.tso_", "data.source"),
+)
 # Settings that change the stored features.
 OF_THE_FEATURES = ("world.", "base", "model.name", "model.pretrained", "data.", "features.")
 
@@ -132,7 +135,7 @@ def run_combination(path: str, plan: list[str], trained: dict[str, str]) -> pd.D
     configs = each_seed(path, plan)
     for config in configs:
         # what the training depends on: not the evaluation, nor the folder
-        settings = str(to_dict(config) | {"eval": None, "probe": None}).replace(config.run.dir, "*")
+        settings = str(to_dict(config) | {"eval": None, "probe": None, "tagood": None}).replace(config.run.dir, "*")
         if settings not in trained:
             train_one(config)
             trained[settings] = str(last_checkpoint(config.run.dir))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from clipn.config.loading import base_config, load_config, save_config, to_dict
 from clipn.config.schema import Config
 
-SECTIONS = "run, world, model, data, features, train, eval, probe, base"
+SECTIONS = "run, world, model, data, features, train, eval, probe, tagood, base"
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ WORLDS = ("toy", "photos")
 SOURCES = ("pairs", "features")
 FEATURE_DTYPES = ("float16", "float32")
 SOLVERS = ("adam", "lbfgs")
+TAG_SCORES = ("cosine", "cosine*tag")
+UNTAGGED = ("keep", "reject")
 
 
 def require(ok: bool, key: str, value: Any, expected: str) -> None:
@@ -241,7 +243,54 @@ class ProbeConfig(_Section):
         self._check("warmup", 0 <= self.warmup <= 1, "0 to 1")
         self._one_of("solver", SOLVERS)
         self._check("shots", self.shots is None or self.shots >= 1, "1 or more, or null")
-        self._seed("seed")
+        self._seed("seed", self.seed)
+
+
+@dataclass
+class TagoodConfig(_Section):
+    """The tagger and the projector of the methods TagOOD*; the defaults are the paper's, but for lr and max_tokens."""
+
+    tagger: str = "clip"  # clip: the base itself | ram | ram++ | MODULE:FUNCTION, which makes your own
+    weights: str | None = None  # ram, ram++: their file of weights
+    tags: str = "classes"  # classes: their names | clipn: clip with the no tower's veto | a .txt file, a tag a class
+    tag_threshold: float = 0.5  # ram: of a tag's confidence; clip: of its probability relative to the largest
+    attention_threshold: float = 0.5  # tokens with more attention are kept
+    max_tokens: int = 16  # tokens of an image at most, beside the one of the whole image; the paper: 144
+    width: int = 512
+    layers: int = 2
+    heads: int = 8
+    groups: int = 4  # parts of a feature that are compared with a centre one by one
+    epochs: int = 100
+    batch_size: int = 256
+    lr: float = 1e-3  # the paper's is 0.01
+    lr_min: float = 1e-5  # at the end of the cosine
+    weight_decay: float = 5e-4
+    centre_weight: float = 0.1  # of the centre loss, beside the cross-entropy
+    centre_decay: float = 0.999
+    score: str = "cosine"  # cosine | cosine*tag: times the confidence of the best tag
+    untagged: str = "keep"  # of images without a tag. keep: use their best tag | reject: the lowest score
+    seed: int = 0  # of the initial weights and centres, the order of the images and dropout
+
+    def __post_init__(self) -> None:
+        own = re.fullmatch(r"[\w.]+:\w+", self.tagger)
+        self._check(
+            "tagger", self.tagger in ("clip", "ram", "ram++") or bool(own), "clip, ram, ram++ or MODULE:FUNCTION"
+        )
+        self._check(
+            "tags", self.tags in ("classes", "clipn") or self.tags.endswith(".txt"), "classes, clipn or a .txt file"
+        )
+        for name in ("tag_threshold", "attention_threshold"):
+            self._check(name, 0 <= getattr(self, name) < 1, "0 or more, below 1")
+        self._at_least(1, "max_tokens", "width", "layers", "heads", "groups", "epochs", "batch_size")
+        for name in ("heads", "groups"):
+            self._check(name, self.width % getattr(self, name) == 0, f"a divisor of tagood.width={self.width}")
+        self._check("lr", self.lr > 0, "a positive number")
+        self._check("lr_min", 0 <= self.lr_min <= self.lr, f"0 to tagood.lr={self.lr}")
+        self._at_least(0, "weight_decay", "centre_weight")
+        self._check("centre_decay", 0 <= self.centre_decay <= 1, "0 to 1")
+        self._one_of("score", TAG_SCORES)
+        self._one_of("untagged", UNTAGGED)
+        self._seed("seed", self.seed)
 
 
 @dataclass
@@ -256,6 +305,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    tagood: TagoodConfig = field(default_factory=TagoodConfig)
     base: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

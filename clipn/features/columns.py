@@ -71,3 +71,29 @@ def open_rows(parts: Sequence[Tensor], device: torch.device) -> Tensor | MappedR
     limit = torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else IN_MEMORY
     small = sum(part.nbytes for part in parts) < limit
     return torch.cat([part.to(device) for part in parts]) if small else MappedRows(parts, device)
+
+
+class RaggedRows:
+    """N sets of rows: values [T, D] of all sets, end to end, and the number of rows of each set, counts [N]."""
+
+    def __init__(self, values: Tensor | MappedRows, counts: Tensor, starts: Tensor | None = None) -> None:
+        self.values, self.counts = values, counts.cpu().long()
+        self.starts = self.counts.cumsum(0) - self.counts if starts is None else starts
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def take(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Set numbers [b] -> rows [b, n, D], padded with zeros to the largest set, and a mask [b, n] of real rows."""
+        counts, starts = self.counts[numbers, None], self.starts[numbers, None]
+        position = torch.arange(int(counts.max()))
+        mask = position < counts
+        rows = self.values[(starts + position)[mask]]
+        mask = mask.to(rows.device)
+        padded = rows.new_zeros(*mask.shape, rows.shape[1])
+        padded[mask] = rows
+        return padded, mask
+
+    def subset(self, numbers: Tensor) -> "RaggedRows":
+        """The sets of these numbers [n], of the same values."""
+        return RaggedRows(self.values, self.counts[numbers], self.starts[numbers])
