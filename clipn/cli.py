@@ -238,6 +238,17 @@ examples:
     overrides = {"nargs": "*", "metavar": "key=value"}
     evaluate.add_argument("overrides", **overrides, help="settings such as eval.checkpoints=epoch_10.pt")
 
+    example = """\
+example:
+  clipn adversarial --config eval_imagenet data.root=/data eval.train=/data/imagenet/train eval.checkpoints=epoch_10.pt
+
+Writes run.dir/adversarial: a table, a figure, and folders of images that eval.ood reads.
+"""
+    about = "move OOD images towards ID training images, and evaluate on them"
+    adversarial = _add(commands, "adversarial", "clipn.pipeline:run_adversarial", about, example, all_gpus=True)
+    adversarial.add_argument("--config", dest="path", required=True, help=f"{_CONFIG} with eval.train")
+    adversarial.add_argument("overrides", **overrides, help="settings such as adversarial.smoothness=0")
+
     about = "encode training pairs once, for data.source=features"
     features = _add(commands, "features", "clipn.pipeline:run_extraction", about, all_gpus=True)
     features.add_argument("path", metavar="CONFIG", help=_CONFIG)

@@ -5,6 +5,7 @@ from pathlib import Path
 from clipn.config.loading import base_config, load_config, to_dict
 from clipn.config.schema import Config
 from clipn.data.pairs import open_pairs
+from clipn.evaluation.adversarial import evaluate_adversarial
 from clipn.evaluation.evaluate import check_checkpoints, check_evaluation, evaluate
 from clipn.evaluation.record import RECORD, write_record
 from clipn.evaluation.results import Evaluation, join
@@ -12,7 +13,7 @@ from clipn.features.pairs import pair_features
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint
 from clipn.model.clipn import configured_model
-from clipn.report.write import summary, write_report
+from clipn.report.write import summary, write_adversarial, write_report
 from clipn.runtime.console import start_log
 from clipn.runtime.distributed import choose_device, is_main, process_group
 from clipn.toy.world import make_world
@@ -42,15 +43,30 @@ def run_training(path: str, overrides: list[str]) -> None:
 
 def run_evaluation(path: str, overrides: list[str]) -> None:
     """Evaluate the checkpoints that a config file with these `key=value` overrides names; raises as `evaluate` does."""
-    config = load_config(path, overrides)
-    if config.eval.id is None:
-        raise ValueError(f"{path}: eval.id: names no image set to evaluate on")
+    config = _with_image_sets(path, overrides)
     with process_group(choose_device(config.run.device)):
         start_log(config.run.dir)
         make_world(config.world)
         evaluation = evaluate(config)
         _write(config, evaluation)
         _show(config, evaluation)
+
+
+def run_adversarial(path: str, overrides: list[str]) -> None:
+    """Write adversarial versions of the OOD images of a config, and evaluate on them; the same call resumes.
+
+    Raises as `evaluate_adversarial` does.
+    """
+    config = _with_image_sets(path, overrides)
+    with process_group(choose_device(config.run.device)):
+        start_log(config.run.dir)
+        make_world(config.world)
+        results, sets = evaluate_adversarial(config)
+        if is_main():
+            folder = Path(config.run.dir) / "adversarial"
+            write_adversarial(folder, results, sets)
+            print((folder / "results.md").read_text(encoding="utf-8"))
+            print(f"done: {folder}/results.md and .csv; samples.png and folders of images beside them")
 
 
 def run_extraction(path: str, overrides: list[str]) -> None:
@@ -103,6 +119,13 @@ def evaluate_all(config: Config, runs: list[Config]) -> Evaluation | None:
     if config.run.seeds:
         _write(config, joined)
     return joined
+
+
+def _with_image_sets(path: str, overrides: list[str]) -> Config:
+    config = load_config(path, overrides)
+    if config.eval.id is None:
+        raise ValueError(f"{path}: eval.id: names no image set to evaluate on")
+    return config
 
 
 def _write(config: Config, evaluation: Evaluation) -> None:

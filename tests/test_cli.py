@@ -44,7 +44,8 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "predict", "demo", "train", "eval", "features", "ablate", "prepare", "classes", "export onnx"]
+    "command",
+    ["", "predict", "demo", "train", "eval", "features", "adversarial", "ablate", "prepare", "classes", "export onnx"],
 )
 def test_help_fits_the_terminal_and_names_the_command(clipn, command):
     code, shown = clipn(*command.split(), "--help")
@@ -91,6 +92,7 @@ def test_scripts_and_module_run_the_same_command(config_file, capsys, monkeypatc
         ["train"],
         ["eval", "--config", "toy", "eval.scale=50"],
         ["features", "toy", "features.dir=my features"],
+        ["adversarial", "--config", "toy", "eval.train=my photos"],
         ["ablate", "toy", "loss", "run.seeds=[0,1]"],
     ],
 )

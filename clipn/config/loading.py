@@ -68,7 +68,7 @@ def base_config(config: Config) -> Config | None:
     """
     if not config.base:
         return None
-    own = OmegaConf.create(to_dict(config) | {"base": {}, "eval": {}, "probe": {}, "tagood": {}})
+    own = OmegaConf.create(to_dict(config) | {"base": {}, "eval": {}, "probe": {}, "tagood": {}, "adversarial": {}})
     if config.train.resume != "never":
         own.train.resume = "auto"  # a path is meant for the run itself
     # Settings that only CLIPN's own training reads have their defaults, so that runs which differ in them share a base.

@@ -294,6 +294,24 @@ class TagoodConfig(_Section):
 
 
 @dataclass
+class AdversarialConfig(_Section):
+    """Adversarial OOD images, made by `clipn adversarial`; the defaults are the paper's."""
+
+    images: int = 1000  # at most, of eval.id, of each set of eval.ood, and of eval.train as targets; drawn by seed
+    steps: int = 250  # of Adam
+    lr: float = 1e-3
+    smoothness: float = 5000.0  # for 224 pixels; smaller images need less: 400 for 64; 0: pixels change alone
+    batch_size: int = 16
+    seed: int = 0  # of the drawn images and of the initial noise
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "images", "steps", "batch_size")
+        self._check("lr", self.lr > 0, "a positive number")
+        self._at_least(0, "smoothness")
+        self._seed("seed", self.seed)
+
+
+@dataclass
 class Config:
     """A whole run. `base` holds the settings that differ when the base CLIP is trained first (empty: it is not)."""
 
@@ -306,6 +324,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     tagood: TagoodConfig = field(default_factory=TagoodConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     base: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

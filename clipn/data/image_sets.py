@@ -1,18 +1,20 @@
 """Image sets: a folder of class folders, or a flat folder, as a named list of files with labels."""
 
+import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from clipn.data.images import IMAGE_SUFFIXES, Transform, open_image
+from clipn.data.images import IMAGE_SUFFIXES, PIXELS_SUFFIX, Transform, open_image
 from clipn.data.known_sets import KNOWN_SETS, expected_tree, known_set
 from clipn.data.storage import with_retries
 
@@ -37,10 +39,13 @@ class ImageSet:
 
     def without(self, numbers: Sequence[int]) -> "ImageSet":
         """The set without these unreadable images, which are then in `left_out`."""
-        kept = sorted(set(range(len(self))) - set(numbers))
-        paths, labels = [self.paths[number] for number in kept], [self.labels[number] for number in kept if self.labels]
         left_out = [self.paths[number] for number in sorted(set(numbers))]
-        return replace(self, paths=paths, labels=labels, left_out=left_out)
+        return replace(self.only(sorted(set(range(len(self))) - set(numbers))), left_out=left_out)
+
+    def only(self, numbers: Sequence[int]) -> "ImageSet":
+        """The set of these images, in this order, with all classes."""
+        paths, labels = [self.paths[n] for n in numbers], [self.labels[n] for n in numbers if self.labels]
+        return replace(self, paths=paths, labels=labels)
 
 
 def open_image_set(
@@ -130,10 +135,18 @@ BROKEN, UNREAD = 0, 1  # why an image is left out
 
 
 class ImageFiles(Dataset):
-    """index -> {"image": [3, H, W]}; BROKEN for a file that is no image, UNREAD for one that cannot be read now."""
+    """index -> {"image": [3, H, W]}; BROKEN for a file that is no image, UNREAD for one that cannot be read now.
 
-    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
-        self.paths, self.transform = paths, transform
+    normalise: for files of float pixels (PIXELS_SUFFIX), which have the model's size.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        transform: Transform,
+        normalise: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.paths, self.transform, self.normalise = paths, transform, normalise
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -146,6 +159,8 @@ class ImageFiles(Dataset):
             log.warning("left out: %s cannot be read: %s", path, error)
             return UNREAD
         try:
+            if self.normalise and path.suffix == PIXELS_SUFFIX:
+                return {"image": self.normalise(torch.from_numpy(np.load(io.BytesIO(content))))}
             return {"image": self.transform(open_image(content))}
         except Exception as error:  # PIL raises many kinds
             unknown = isinstance(error, UnidentifiedImageError)  # its text names a Python object

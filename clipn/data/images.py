@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import transforms
 
+PIXELS_SUFFIX = ".npy"  # of files with float pixels [3, H, W] in 0..1, in the size of a model
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 _MAX_ASPECT_RATIO = 1000  # beyond it, resizing the short side would fill the memory
@@ -142,6 +143,11 @@ def train_transform(preprocess: dict, augmentation: Augmentation | None = None) 
 def val_transform(preprocess: dict) -> Transform:
     """Image -> resized, centre-cropped, normalised [3, H, W]: open_clip's inference transform."""
     return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+
+
+def normalise(preprocess: dict) -> Callable[[Tensor], Tensor]:
+    """Pixels [..., 3, H, W] in 0..1 -> the input of a model, with the statistics of `preprocess`."""
+    return transforms.Normalize(preprocess["mean"], preprocess["std"])
 
 
 def merge_preprocess(own: dict, stored: dict, source: str) -> dict:

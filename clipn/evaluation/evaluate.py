@@ -2,10 +2,10 @@
 
 import glob
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -39,8 +39,18 @@ log = logging.getLogger(__name__)
 _ROWS = 1024  # images scored at once
 
 
-def evaluate(config: Config) -> Evaluation:
+class Sets(NamedTuple):
+    """The ID set, the OOD sets, and the set of ID training images, if there is one."""
+
+    id: ImageSet
+    ood: list[ImageSet]
+    train: ImageSet | None
+
+
+def evaluate(config: Config, sets: Sets | None = None, unused: Collection[Path] = ()) -> Evaluation:
     """Evaluate the checkpoints on the image sets that `config.eval` names; writes only features and mined words.
+
+    sets: other image sets. unused: training images from which no method learns.
 
     Under many ranks each encodes a share of the images, and all return the same result. Raises ValueError or
     FileNotFoundError for image sets, names, templates, methods or checkpoints that do not exist or do not fit.
@@ -48,18 +58,15 @@ def evaluate(config: Config) -> Evaluation:
     settings = config.eval
     check_methods(settings)
     templates = load_templates(settings.templates)
-    id_set, ood_sets, train_set = _open_sets(settings)
+    id_set, ood_sets, train_set = sets or open_sets(settings)
     class_names = load_class_names(settings.class_names, id_set.classes)
     results, decisions, weights, first = [], [], [], {}
-    for model, seed in _models(config):
+    for model, seed in open_models(config):
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
         inputs = MethodInputs(model, head, class_names, settings.scale, words=settings.words, folder=config.run.dir)
         inputs.probe, inputs.probe_folder = config.probe, Path(config.features.dir) / "probes"
         if train_set and methods_that_need("train", settings.methods):
-            tower = bool(methods_that_need("tower", settings.methods))
-            images, inputs.train, columns = next(image_set_features(config, model, [train_set], tower=tower))
-            inputs.train_tower = columns.get("tower")
-            inputs.labels = torch.tensor(images.labels) if images.labels else None
+            _add_training_images(config, inputs, train_set, unused)
         set_scores = _score_sets(config, [id_set, *ood_sets], inputs)
         first = first or set_scores
         results += result_rows(set_scores, seed)
@@ -81,7 +88,7 @@ def check_evaluation(config: Config, world_made: bool = True) -> None:
     if settings.id is None:
         return
     if world_made or config.world.name is None:
-        load_class_names(settings.class_names, _open_sets(settings)[0].classes)
+        load_class_names(settings.class_names, open_sets(settings).id.classes)
         return
     for key in ("id", "ood", "train"):
         entries = _outside(config.world.root, getattr(settings, key))
@@ -130,6 +137,18 @@ def score_features(
     return SetScores(images, scores, says_ood, **top_class)
 
 
+def _add_training_images(config: Config, inputs: MethodInputs, images: ImageSet, unused: Collection[Path]) -> None:
+    """Give the methods the features, the tower's outputs and the labels of ID training images."""
+    tower = bool(methods_that_need("tower", config.eval.methods))
+    images, features, columns = next(image_set_features(config, inputs.model, [images], tower=tower))
+    outputs, labels = columns.get("tower"), torch.tensor(images.labels) if images.labels else None
+    if unused:
+        kept = torch.tensor([number for number, path in enumerate(images.paths) if path not in unused])
+        features = features[kept]
+        outputs, labels = (rows if rows is None else rows[kept.to(rows.device)] for rows in (outputs, labels))
+    inputs.train, inputs.train_tower, inputs.labels = features, outputs, labels
+
+
 def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodInputs) -> dict[str, SetScores]:
     """The scores of one model for each image set, by the name of the set."""
     settings, set_scores = config.eval, {}
@@ -162,7 +181,7 @@ def _matching_files(names: str | Sequence[str] | None) -> list[str]:
     return list({Path(path).resolve(): path for path in paths}.values())
 
 
-def _models(config: Config) -> Iterator[tuple[CLIPN, int]]:
+def open_models(config: Config) -> Iterator[tuple[CLIPN, int]]:
     """Each checkpoint's model, ready on the device, and the seed that it was trained with.
 
     Without eval.checkpoints it is this run's own checkpoint, else model.pretrained: a file or an open_clip tag.
@@ -187,10 +206,14 @@ def _models(config: Config) -> Iterator[tuple[CLIPN, int]]:
         yield model.to(device).eval(), trained_with.get("seed", config.run.seed)
 
 
-def _open_sets(settings: EvalConfig) -> tuple[ImageSet, list[ImageSet], ImageSet | None]:
-    """The ID set, the OOD sets, and the set of ID training images, if there is one."""
+def open_sets(settings: EvalConfig, train: bool = False) -> Sets:
+    """The image sets that `eval` names. Raises ValueError or FileNotFoundError for sets that do not fit.
+
+    train: also the training images if no method needs them.
+    """
     id_sets, ood_sets = _open(settings.id, "eval.id"), _open(settings.ood, "eval.ood")
-    train_sets = _open(settings.train, "eval.train") if methods_that_need("train", settings.methods) else []
+    train = train or bool(methods_that_need("train", settings.methods))
+    train_sets = _open(settings.train, "eval.train") if train else []
     for key, sets in (("eval.id", id_sets), ("eval.train", train_sets)):
         if len(sets) > 1:
             raise ValueError(f"{key}: expected one image set, found {', '.join(s.name for s in sets)}")
@@ -203,7 +226,7 @@ def _open_sets(settings: EvalConfig) -> tuple[ImageSet, list[ImageSet], ImageSet
     for method in methods_that_need("labels", settings.methods):
         if train_set and not train_set.classes:
             raise ValueError(f"eval.train: {method} needs class folders, but {train_set.root} has none")
-    return id_set, ood_sets, train_set
+    return Sets(id_set, ood_sets, train_set)
 
 
 def _open(value: Any, key: str) -> list[ImageSet]:

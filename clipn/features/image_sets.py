@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipn.config.schema import Config
 from clipn.data.image_sets import UNREAD, ImageFiles, ImageSet, unreadable
-from clipn.data.images import val_transform
+from clipn.data.images import normalise, val_transform
 from clipn.features.columns import MappedRows, open_rows
 from clipn.features.store import Columns, FeatureStore
 from clipn.model.clipn import CLIPN
@@ -57,7 +57,7 @@ def image_set_features(
     for images in image_sets:
         store = _open_store(config, model, images, weights, [*sorted(scores), scores_of] if scores else [], tower)
         if store.missing():
-            dataset = ImageFiles(images.paths, val_transform(model.preprocess))
+            dataset = ImageFiles(images.paths, val_transform(model.preprocess), normalise(model.preprocess))
             store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
         rows, parts = store.read()
         skipped, causes = rows.T.tolist()
@@ -85,7 +85,7 @@ def _open_store(
         "weights": weights,
         "preprocess": model.preprocess,
         "precision": config.eval.precision,
-        "images": _json_hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in images.paths]),
+        "images": files_hash(images.paths),
         "samples": len(images),
         "part_size": config.features.part_size,
         "scores": scores,
@@ -97,6 +97,11 @@ def _open_store(
     )
     use_tower = gather_values(tower or (complete.is_dir() and not plain.is_dir()))[0]
     return FeatureStore(complete, with_tower) if use_tower else FeatureStore(plain, manifest)
+
+
+def files_hash(paths: Sequence[Path]) -> str:
+    """A hash of the names, sizes and times of files, in this order."""
+    return _json_hash([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
 
 
 def _json_hash(content: Any) -> str:

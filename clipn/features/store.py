@@ -31,12 +31,15 @@ class FeatureStore:
     """A folder of parts, and the manifest of all that their features depend on.
 
     samples: the number of samples, unreadable ones included. part_size: of a part; the last one may be shorter.
+    holds, key: what is stored, and the setting of its place, in messages.
 
     Opening creates the folder and its manifest if they are missing. Raises ValueError, with the differences, where the
     manifest differs in any key but part_size, and for a manifest that is not readable.
     """
 
-    def __init__(self, folder: str | Path, manifest: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: str | Path, manifest: dict[str, Any], holds: str = "features", key: str = "features.dir"
+    ) -> None:
         self.folder, file = Path(folder), Path(folder) / "manifest.json"
         text = json.dumps({"format": _FORMAT} | manifest, indent=2)
         if is_main() and not file.is_file():
@@ -52,7 +55,7 @@ class FeatureStore:
         ]
         if changes:
             raise ValueError(
-                f"{file}: features of something else: {'; '.join(changes)}. Choose another features.dir, or delete it"
+                f"{file}: {holds} of something else: {'; '.join(changes)}. Choose another {key}, or delete its folder"
             )
 
     def __len__(self) -> int:

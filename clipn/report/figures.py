@@ -16,10 +16,12 @@ from sklearn.metrics import auc, roc_curve
 
 from clipn.data.image_sets import ImageSet
 from clipn.data.images import open_image
+from clipn.evaluation.adversarial import AdversarialSet
 from clipn.report.tables import METRICS, run_number
 
 Scores = dict[str, dict[str, np.ndarray]]  # by set and method, the ID set first
 
+_ADVERSARIAL = 8  # images of each set in `draw_adversarial`
 _SAMPLES = 12  # images of each set in `draw_samples`
 _ID_COLOUR = "tab:gray"
 _OOD_COLOURS = [colour for colour in matplotlib.colors.TABLEAU_COLORS if colour != _ID_COLOUR]
@@ -111,6 +113,29 @@ def draw_samples(image_sets: Sequence[ImageSet], seed: int = 0) -> Figure:
         row[0].text(-0.12, 0.5, name, transform=row[0].transAxes, ha="right", va="center")
     edges = {"top": 1 - 0.2 / height, "bottom": 0.04 / height, "left": 1.6 / width, "right": 0.995}
     figure.subplots_adjust(**edges, hspace=0.3, wspace=0.05)
+    return figure
+
+
+def draw_adversarial(sets: Sequence[AdversarialSet]) -> Figure:
+    """Rows of each set: images, their changes times 10 around grey, adversarial images, and the ID targets."""
+    titles = ("clean", "change × 10", "adversarial", "target (ID)")
+    width, height = 1.1 * _ADVERSARIAL + 1.6, 1.15 * len(titles) * len(sets)
+    figure = Figure((width, height))
+    axes = figure.subplots(len(sets) * len(titles), _ADVERSARIAL, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for first, of in zip(range(0, len(axes), len(titles)), sets, strict=True):
+        files = zip(*(of.versions[kind].paths for kind in ("clean", "float", "png")), of.targets, strict=True)
+        for column, (clean, pixels, png, target) in zip(axes[first : first + len(titles)].T, files, strict=False):
+            before, after = np.asarray(open_image(clean)) / 255, np.load(pixels).transpose(1, 2, 0)
+            change = (0.5 + 10 * (after - before)).clip(0, 1)
+            for axis, image in zip(column, (before, change, open_image(png), open_image(target)), strict=True):
+                axis.imshow(image)
+        for axis, title in zip(axes[first:, 0], titles, strict=False):
+            text = _label(f"{_shorten(of.name, 16)}\n{title}")
+            axis.text(-0.12, 0.5, text, transform=axis.transAxes, ha="right", va="center")
+    edges = {"top": 1 - 0.05 / height, "bottom": 0.05 / height, "left": 1.6 / width, "right": 0.995}
+    figure.subplots_adjust(**edges, hspace=0.06, wspace=0.05)
     return figure
 
 

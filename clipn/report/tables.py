@@ -38,6 +38,11 @@ def results_table(
     return _table("method", parts + [("ID", results, ["id_accuracy"])] * accuracy)
 
 
+def versions_table(results: pd.DataFrame) -> pd.DataFrame:
+    """Per method: the metrics on each version of the OOD images ("pixels"), averaged over the OOD sets."""
+    return _table("method", [(version, rows, METRICS) for version, rows in results.groupby("pixels", sort=False)])
+
+
 def decisions_table(decisions: pd.DataFrame) -> pd.DataFrame:
     """Per threshold-free decision: the share of ID images kept, of each OOD set detected, and the accuracies.
 

@@ -8,10 +8,11 @@ import jinja2
 import pandas as pd
 
 from clipn.data.image_sets import ImageSet
+from clipn.evaluation.adversarial import VERSIONS, AdversarialSet
 from clipn.evaluation.results import Evaluation, SetScores
 from clipn.metrics import bootstrap_interval
 from clipn.report import tables
-from clipn.report.figures import draw_bars, draw_histograms, draw_roc, draw_samples, save_figure
+from clipn.report.figures import draw_adversarial, draw_bars, draw_histograms, draw_roc, draw_samples, save_figure
 from clipn.report.html import figure_uri, thumbnail_uri, worst_mistakes
 from clipn.report.published import Published, published_for
 from clipn.runtime.console import printable
@@ -82,6 +83,29 @@ def write_report(folder: Path, evaluation: Evaluation, bootstrap: int = 0) -> No
         set_scores=[*ood_sets, id_set],
         class_names=evaluation.class_names,
     )
+
+
+def write_adversarial(folder: Path, results: pd.DataFrame, sets: Sequence[AdversarialSet]) -> None:
+    """Write results.csv, results.md and samples.png of adversarial OOD images into a folder."""
+    changes = pd.DataFrame(
+        {
+            ("", "OOD set"): [of.name for of in sets],
+            ("", "images"): [str(len(of.targets)) for of in sets],
+            **{
+                ("cosine to target", kind): [f"{float(of.cosines[kind].mean()):.3f}" for of in sets]
+                for kind in VERSIONS
+            },
+            ("change of a pixel", "(of 255)"): [f"{float(of.change.mean()):.2f}" for of in sets],
+        }
+    )
+    text = "Mean cosine to the target, an ID training image, and mean absolute change of a pixel."
+    blocks = [Block("Perturbation", text, changes)]
+    for name, rows in [*results.groupby("ood_set", sort=False), ("average over the OOD sets", results)]:
+        text = f"{name}: AUROC (higher is better) and FPR95 (lower) in percent; ID: {results['id_set'].iloc[0]}."
+        blocks.append(Block(name, text, tables.versions_table(rows)))
+    results.to_csv(folder / "results.csv", index=False)
+    _write(folder / "results.md", blocks=blocks)
+    save_figure(draw_adversarial(sets), folder / "samples.png")
 
 
 def bootstrap_intervals(set_scores: dict[str, SetScores], draws: int, seed: int = 0) -> pd.DataFrame:
