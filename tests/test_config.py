@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from clipn.config.loading import base_config, load_config, save_config, to_dict
 from clipn.config.schema import Config
 
-SECTIONS = "run, world, model, data, features, train, eval, probe, tagood, base"
+SECTIONS = "run, world, model, data, features, train, eval, probe, tagood, adversarial, base"
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ WRONG = {  # what the message says is expected: the words
     "bf16": "train.precision=fp8",
     "cosine": "train.tso_kind=l1",
     "0 or more": "train.weight_decay=-0.1 model.num_prompts=-1 data.workers=-1",
-    "0 or more, up to": "run.seed=-1 run.seeds=[0,-1] features.seed=-1",
+    "0 or more, up to": "run.seed=-1 run.seeds=[0,-1] features.seed=-1 probe.seed=-1 adversarial.seed=-1",
     "cuda:N": "run.device=tpu",
     "folder": "run.dir='' features.dir=''",
     "toy": "world.name=tou",
