@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -360,6 +361,31 @@ def test_shots_limit_the_labels_of_linear_probing_alone(evaluated, tmp_path):
     assert len(list((tmp_path / "run/features/probes").iterdir())) == 3
 
 
+def test_pseudo_labels_are_learned_only_from_images_that_clipn_keeps(evaluated, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "clipn")
+    monkeypatch.setitem(scores.DECISIONS, "ATD", lambda yes, no: torch.arange(len(yes)) % 3 == 0)
+    for number, path in enumerate(sorted((tmp_path / "train").rglob("*.png"))):
+        if number % 3:
+            (tmp_path / "kept" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "kept" / path.parent.name)
+    expected, labelled = evaluated("PLP-L1", f"eval.train={tmp_path}/kept"), evaluated("LP-L1")
+    made = evaluated("PLP-L1,LP-L1", "probe.keep=ATD")
+    assert "PLP: by probe.keep=ATD, 30 of 45 training images are learned" in messages(caplog)
+    for name, of_set in made.set_scores.items():
+        np.testing.assert_allclose(of_set.scores["PLP-L1"], expected.set_scores[name].scores["PLP-L1"], rtol=1e-4)
+        assert (of_set.scores["LP-L1"] == labelled.set_scores[name].scores["LP-L1"]).all(), "its labels are given"
+    everything = evaluated("PLP-L1").set_scores["id"].scores["PLP-L1"]
+    assert not np.allclose(everything, made.set_scores["id"].scores["PLP-L1"], rtol=1e-2)
+
+
+def test_too_few_kept_images_are_an_error(evaluated, monkeypatch):
+    monkeypatch.setitem(scores.DECISIONS, "CTW", lambda yes, no: torch.arange(len(yes)) >= 2)
+    with pytest.raises(ValueError, match=r"PLP: probe\.keep=CTW: 2 of 45 training images are too few for 3 classes"):
+        evaluated("PLP-MSP", "probe.keep=CTW")
+    with pytest.raises(ValueError, match=r"probe\.keep='MCM': expected one of null, CTW, ATD"):
+        evaluated("PLP-MSP", "probe.keep=MCM")
+
+
 def test_a_class_without_pseudo_labels_is_named(evaluated, caplog):
     evaluated("PLP-MSP,PLP-Energy", "eval.class_names=[cat,cat,a heron]")
     assert messages(caplog).count("PLP: no training image has the label of") == 1
@@ -372,11 +398,23 @@ def test_a_class_without_pseudo_labels_is_named(evaluated, caplog):
     [
         ("PLP-MSP", ["eval.train=null"], r"PLP-MSP needs in-distribution training images.*eval\.train"),
         ("LP-L1", ["eval.train={tmp_path}/ood"], "LP-L1 needs class folders"),
-        ("PLP-RMD", ["eval.train={tmp_path}/one"], r"two training images or more, got \[1, 64\]"),
+        (
+            "PLP-RMD",
+            ["eval.train={tmp_path}/one"],
+            r"eval\.train: PLP-RMD needs 3 training images or more.*one holds 1",
+        ),
+        ("PLP-MSP", ["eval.train={tmp_path}/empty"], "image set 'empty': no image in"),
+        ("LP-MSP", ["eval.train={tmp_path}/two"], "LP-MSP needs class folders"),
+        ("1NN,PLP-MSP", ["eval.train={tmp_path}/two"], r"eval\.train: PLP-MSP needs 3 .* classes, but .*two holds 2"),
         ("1NN", ["eval.train={tmp_path}/none"], "no such folder"),
     ],
 )
-def test_missing_training_images_are_reported(evaluated, tmp_path, methods, words, message):
+def test_missing_training_images_are_reported_before_any_is_encoded(
+    evaluated, tmp_path, encoded, methods, words, message
+):
     write_images(tmp_path / "one", "1.png")
+    write_images(tmp_path / "two", "1.png", "2.png")
+    (tmp_path / "empty").mkdir()
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         evaluated(methods, *(word.replace("{tmp_path}", str(tmp_path)) for word in words))
+    assert not sum(encoded)

@@ -15,6 +15,7 @@ FEATURE_DTYPES = ("float16", "float32")
 SOLVERS = ("adam", "lbfgs")
 TAG_SCORES = ("cosine", "cosine*tag")
 UNTAGGED = ("keep", "reject")
+DECISIONS = ("CTW", "ATD")
 
 
 def require(ok: bool, key: str, value: Any, expected: str) -> None:
@@ -233,6 +234,9 @@ class ProbeConfig(_Section):
     weight_decay: float = 1e-3  # of weight and bias
     warmup: float = 0.1  # the share of the steps in which the learning rate grows
     solver: str = "adam"  # adam | lbfgs: the optimum of the same objective, which the paper's probe does not reach
+    keep: str | None = (
+        None  # PLP: CTW | ATD: only training images that this decision keeps, if strangers are among them
+    )
     shots: int | None = None  # LP: training images of each class; null: all
     seed: int = 0  # of the initial weights, the order of the images and the choice of the shots
 
@@ -242,6 +246,7 @@ class ProbeConfig(_Section):
         self._at_least(0, "weight_decay")
         self._check("warmup", 0 <= self.warmup <= 1, "0 to 1")
         self._one_of("solver", SOLVERS)
+        self._one_of("keep", (None, *DECISIONS))
         self._check("shots", self.shots is None or self.shots >= 1, "1 or more, or null")
         self._seed("seed", self.seed)
 

@@ -135,7 +135,8 @@ def stored_probe(folder: str | Path, tower: Rows, labels: Tensor, num_classes: i
     Rank 0 fits. Raises ValueError as `fit_probe` does, and for a damaged file.
     """
     _check(tower, labels, num_classes)
-    options = dataclasses.asdict(settings) | {"shots": None, "classes": num_classes, "format": 1}
+    chosen = {"shots": None, "keep": None}  # their effect is in the outputs and labels
+    options = dataclasses.asdict(settings) | chosen | {"classes": num_classes, "format": 1}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode() + tensor_hash(labels.long()).encode())
     for start in range(0, len(tower), _ROWS):
         digest.update(tensor_hash(tower[start : start + _ROWS]).encode())

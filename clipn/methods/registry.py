@@ -33,7 +33,7 @@ from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head, class_weights
 from clipn.runtime.distributed import is_main
-from clipn.scores import SCORES, energy, l1, max_logit, mcm, msp
+from clipn.scores import DECISIONS, SCORES, energy, l1, max_logit, mcm, msp
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Method(NamedTuple):
     """
 
     make: Callable[[MethodInputs], Callable[..., Tensor]]
-    needs: tuple[str, ...] = ()  # of "train", "tower", "labels", "words"
+    needs: tuple[str, ...] = ()  # of "train", "tower", "labels", "words", and "probe": as many images as classes
     takes: str = "features"
 
 
@@ -111,6 +111,9 @@ def _fitted(inputs: MethodInputs, kind: str) -> _Fitted:
             raise ValueError(f"{kind}: the {lacks} of the training images are missing")
         if kind == "PLP":
             labels = pseudo_labels(inputs.train, _prompt_weights(inputs))
+            if settings.keep:
+                kept = _kept_by_clipn(inputs)
+                tower, labels = tower[kept.to(tower.device)], labels[kept]
         elif settings.shots:
             chosen = draw_shots(labels, settings.shots, settings.seed)
             tower, labels = tower[chosen.to(tower.device)], labels[chosen]
@@ -125,6 +128,19 @@ def _fitted(inputs: MethodInputs, kind: str) -> _Fitted:
         return _Fitted(probe, tower, labels)
 
     return inputs.once(f"probe {kind}", fit)
+
+
+def _kept_by_clipn(inputs: MethodInputs) -> Tensor:
+    """The numbers of the training images that the decision probe.keep does not call OOD; ValueError for too few."""
+    decide, device = DECISIONS[inputs.probe.keep], inputs.head.weight_yes.device
+    blocks = inputs.train.split(_ROWS)
+    says_ood = torch.cat([decide(*inputs.head(block.to(device), inputs.scale)) for block in blocks])
+    kept, setting = (~says_ood).nonzero()[:, 0], f"probe.keep={inputs.probe.keep}"
+    if len(kept) < max(inputs.classes, 2):
+        counts = f"{len(kept)} of {len(says_ood)} training images are too few for {inputs.classes} classes"
+        raise ValueError(f"PLP: {setting}: {counts}")
+    log.info("PLP: by %s, %d of %d training images are learned", setting, len(kept), len(says_ood))
+    return kept
 
 
 def _prompt_weights(inputs: MethodInputs) -> Tensor:
@@ -176,7 +192,8 @@ def _probe_methods(kind: str, needs: tuple[str, ...]) -> dict[str, Method]:
     }
 
 
-_PLP, _LP = ("train", "tower"), ("train", "tower", "labels")
+_TOWER = ("train", "tower")
+_PLP, _LP = (*_TOWER, "probe"), (*_TOWER, "probe", "labels")
 
 METHODS: dict[str, Method] = {
     "NegLabel": Method(lambda x: _against_words(x, NEGLABEL), ("words",)),
@@ -192,7 +209,7 @@ METHODS: dict[str, Method] = {
     "GL-MCM": Method(lambda x: partial(gl_mcm, x.model, x.head, scale=x.scale), takes="images"),
     "ODIN": Method(lambda x: partial(odin, x.model, x.head, scale=x.scale), takes="images"),
     "MCM-5": Method(lambda x: lambda logits, features: mcm(logits, None, x.scale), takes="prompts"),
-    "1NN": Method(lambda x: _of_logits(nearest_cosine(x.train_tower))(x), _PLP, "tower"),
+    "1NN": Method(lambda x: _of_logits(nearest_cosine(x.train_tower))(x), _TOWER, "tower"),
     **_probe_methods("PLP", _PLP),
     **_probe_methods("LP", _LP),
     "PLP+CTW": Method(_with_clipn(probe_ctw), _PLP, "PLP"),
@@ -224,7 +241,7 @@ def check_methods(settings: EvalConfig) -> None:
 
 
 def methods_that_need(name: str, methods: Sequence[str]) -> list[str]:
-    """Those of the methods that need "train", "tower", "labels" or "words"."""
+    """Those of the methods that need "train", "tower", "probe", "labels" or "words"."""
     return [method for method in methods if method in METHODS and name in METHODS[method].needs]
 
 
