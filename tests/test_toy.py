@@ -4,6 +4,8 @@ import io
 import json
 import re
 import tarfile
+from collections import defaultdict
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,13 +16,13 @@ from PIL import Image
 
 from clipn.config.schema import WorldConfig
 from clipn.toy import generate
-from clipn.toy.drawing import draw_things
-from clipn.toy.generate import make_toy
+from clipn.toy.drawing import draw_scene, draw_things
+from clipn.toy.generate import World, make_toy
 from clipn.toy.photos import unpack_photos
-from clipn.toy.shapes import CLASSES, SCENES, TEXTURES, THINGS
+from clipn.toy.shapes import CLASSES, KNOWN_SCENES, SCENE_CLASSES, SCENES, TEXTURES, THINGS, UNKNOWN_SCENES
 from clipn.toy.world import make_world
 
-SMALL = {"num_pairs": 30, "images_per_class": 2, "workers": 1}
+SMALL = World(num_pairs=30, images_per_class=2)
 CLASS_COUNTS = {"id": 24, "near": 24, "scenes": 8, "textures": 8, "digits": 10}
 
 
@@ -39,7 +41,15 @@ def read_pairs(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    return make_toy(tmp_path_factory.mktemp("small") / "world", **SMALL)
+    return make_toy(tmp_path_factory.mktemp("small") / "world", SMALL, workers=1)
+
+
+@pytest.fixture(scope="module")
+def before_scenes(tmp_path_factory) -> Path:
+    """A small world in which things stand before scenes."""
+    return make_toy(
+        tmp_path_factory.mktemp("before_scenes"), replace(SMALL, num_pairs=300, before_scenes=True), workers=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +58,7 @@ def captions(tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("captions")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "PAIRS_PER_SHARD", 1500)
-        make_toy(root, num_pairs=2000, images_per_class=1, image_size=8, workers=1)
+        make_toy(root, World(num_pairs=2000, images_per_class=1, image_size=8), workers=1)
     members = read_pairs(root)
     assert {Image.open(path).size for path in root.rglob("*.jpg")} == {(8, 8)}
     assert [name for name in members if name.endswith("0000.jpg")] == ["000000000.jpg", "000010000.jpg"]
@@ -68,8 +78,8 @@ def test_every_thing_has_its_own_shape():
 
 
 def test_bytes_follow_from_the_seed_whatever_the_workers(small, tmp_path):
-    assert read_all(make_toy(tmp_path / "pool", **SMALL | {"workers": 2})) == read_all(small)
-    other = read_all(make_toy(tmp_path / "other", **SMALL, seed=1))
+    assert read_all(make_toy(tmp_path / "pool", SMALL, workers=2)) == read_all(small)
+    other = read_all(make_toy(tmp_path / "other", replace(SMALL, seed=1), workers=1))
     assert other.keys() == read_all(small).keys()
     same = [name for name, content in read_all(small).items() if other[name] == content]
     assert all(name.startswith("digits/") for name in same), "two seeds may choose one of the few digits, no more"
@@ -110,20 +120,22 @@ def test_kinds_have_their_share(captions):
 
 
 def test_a_second_call_reuses_the_world_and_refuses_other_parameters(tmp_path):
-    root = make_toy(tmp_path, **SMALL)
+    root = make_toy(tmp_path, SMALL, workers=1)
     shard = root / "pairs" / "pairs-00000.tar"
     shard.write_bytes(b"touched")
-    assert make_toy(str(root), **SMALL | {"workers": 2}) == root and shard.read_bytes() == b"touched"
+    assert make_toy(str(root), SMALL, workers=2) == root and shard.read_bytes() == b"touched"
     with pytest.raises(ValueError, match=rf"{root} .*'seed': 0.*'seed': 3.*another root"):
-        make_toy(root, **SMALL, seed=3)
+        make_toy(root, replace(SMALL, seed=3))
+    with pytest.raises(ValueError, match=r"'image_size': 32}, but .*'before_scenes': True} was asked for"):
+        make_toy(root, replace(SMALL, before_scenes=True))
 
 
 def test_an_unfinished_world_is_replaced_and_other_files_stay(small, tmp_path):
-    make_toy(tmp_path, **SMALL | {"images_per_class": 3, "num_pairs": 40})
+    make_toy(tmp_path, replace(SMALL, images_per_class=3, num_pairs=40), workers=1)
     (tmp_path / "world.json").unlink()
     (tmp_path / "near" / CLASSES["near"][0] / "0000.jpg").unlink()
     (tmp_path / "notes.txt").write_text("mine")
-    world = read_all(make_toy(tmp_path, **SMALL))
+    world = read_all(make_toy(tmp_path, SMALL, workers=1))
     assert world.pop("notes.txt") == b"mine"
     assert world == read_all(small)
 
@@ -131,15 +143,66 @@ def test_an_unfinished_world_is_replaced_and_other_files_stay(small, tmp_path):
 def test_folders_that_belong_to_no_world_are_left_alone(tmp_path):
     image = write_images(tmp_path, "digits/0/0000.jpg") / "digits/0/0000.jpg"
     with pytest.raises(ValueError, match="holds digits but no pairs"):
-        make_toy(tmp_path, **SMALL)
+        make_toy(tmp_path, SMALL)
     assert image.is_file()
 
 
 @pytest.mark.parametrize("name, value", [("num_pairs", 0), ("images_per_class", 0), ("seed", -1), ("image_size", 4)])
-def test_parameters_out_of_range_are_named(tmp_path, name, value):
+def test_parameters_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} is {value}"):
-        make_toy(tmp_path / "world", **{name: value})
-    assert not (tmp_path / "world").exists()
+        World(**{name: value})
+
+
+def test_a_world_with_scenes_has_its_own_images_and_further_sets(small, before_scenes):
+    record, own, plain = (
+        json.loads((before_scenes / "world.json").read_text()),
+        read_all(before_scenes),
+        read_all(small),
+    )
+    assert record["before_scenes"] is True and SCENE_CLASSES.items() <= record.items()
+    for split, names in (CLASSES | SCENE_CLASSES).items():
+        folders = sorted(folder.name for folder in (before_scenes / split).iterdir())
+        assert folders == [name.replace(" ", "_") for name in names]
+    unchanged = {name.split("/")[0] for name, content in plain.items() if own[name] == content}
+    assert unchanged == {"scenes", "textures", "digits"}, "sets without things do not depend on world.before_scenes"
+    things = [own[name] for name in own if name.split("/")[0] in ("id", "near", *SCENE_CLASSES)]
+    assert len(set(things)) == len(things) == 5 * 24 * 2, "test and training images differ"
+
+
+def test_things_stand_before_known_scenes_or_shifted_ones(before_scenes, monkeypatch):
+    assert sorted(KNOWN_SCENES + UNKNOWN_SCENES) == sorted(SCENES) and len(KNOWN_SCENES) == len(UNKNOWN_SCENES)
+    drawn = defaultdict(set)
+
+    def record(rng, names, image_size, scene=None):
+        drawn[record.split].add(scene)
+        return draw_things(rng, names, image_size, scene)
+
+    monkeypatch.setattr(generate, "draw_things", record)
+    world = World(images_per_class=40, before_scenes=True)
+    for record.split in ("id", "near", *SCENE_CLASSES):
+        generate._write_class(before_scenes / "again", world, record.split, 3)
+    record.split = "pairs"
+    for index in range(100):
+        generate._pair(world.rng("pairs", index), world)
+    assert drawn["id"] == drawn["near"] == drawn["train"] == set(KNOWN_SCENES)
+    assert drawn["id_shifted"] == drawn["near_shifted"] == set(UNKNOWN_SCENES)
+    assert drawn["pairs"] == set(SCENES)
+
+
+def test_captions_name_the_scene_that_things_stand_before(before_scenes):
+    captions = [text.decode() for name, text in read_pairs(before_scenes).items() if name.endswith(".txt")]
+    named = [re.search(r" in front of (an? )?(.*)", caption)[2] for caption in captions if " in front of " in caption]
+    assert set(named) == set(SCENES), "of all scenes, as the base knows more than the ID training images show"
+    assert 0.2 < len(named) / len(captions) < 0.5
+
+
+def test_a_thing_leaves_the_scene_around_it_visible():
+    """Two thirds of the pixels are alike, however the thing is drawn."""
+    for seed in range(5):
+        scene = np.asarray(draw_scene(np.random.default_rng(seed), "ocean", 32), float)
+        image, things, text = draw_things(np.random.default_rng(seed), ["key"], 32, "ocean")
+        assert (np.abs(np.asarray(image, float) - scene).mean(axis=2) < 30).mean() > 0.6
+        assert things[0].size <= 0.7 and text == "in front of an ocean"
 
 
 def test_photos_are_unpacked_once_beside_the_digits(tmp_path):

@@ -71,6 +71,7 @@ class WorldConfig(_Section):
     images_per_class: int = 50  # toy
     image_size: int = 32  # toy
     seed: int = 0  # toy
+    before_scenes: bool = False  # toy: things stand before scenes, as configs/toy_vit.yaml says
 
     def __post_init__(self) -> None:
         self._one_of("name", (None, *WORLDS))

@@ -21,14 +21,14 @@ def _describe(rng: Generator, thing: Thing) -> str:
     return words
 
 
-def thing_caption(rng: Generator, things: list[Thing], background: str) -> str:
-    """A caption of the first thing, sometimes with the second, the background or the tilt."""
+def thing_caption(rng: Generator, things: list[Thing], background: str, background_share: float = 0.2) -> str:
+    """A caption of the first thing, sometimes with the second, the background ("on ...") or the tilt."""
     text = caption(rng, "things", _describe(rng, things[0]))
     if len(things) > 1 and rng.random() < 0.6:
         joint = pick(rng, ["and", "next to", "with"])
         return f"{text} {joint} {with_article(_describe(rng, things[1]))}"
-    if rng.random() < 0.2:
-        return f"{text} on {background}"
+    if rng.random() < background_share:
+        return f"{text} {background}"
     if abs(things[0].tilt) > 15 and rng.random() < 0.3:
         return f"{text} , tilted"
     return text

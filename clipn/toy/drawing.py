@@ -1,4 +1,4 @@
-"""Draws the images of the built-in world: things on pale backgrounds, scenes and textures."""
+"""Draws the images of the built-in world: things on pale backgrounds or before scenes, scenes and textures."""
 
 import math
 from functools import cache
@@ -71,9 +71,9 @@ def _background(rng: Generator, side: int) -> tuple[Image.Image, str]:
     """A pale canvas, plain or with a faint pattern, and its description in captions."""
     first = rng.uniform(205, 255, 3)
     second = first - rng.uniform(10, 35)
-    kind, text = rng.random(), "a pale background"
+    kind, text = rng.random(), "on a pale background"
     if kind < 0.3:
-        weight, text = np.zeros((side, side)), "a plain background"
+        weight, text = np.zeros((side, side)), "on a plain background"
     elif kind < 0.5:
         weight = _clouds(rng, side)
     elif kind < 0.65:
@@ -81,7 +81,7 @@ def _background(rng: Generator, side: int) -> tuple[Image.Image, str]:
         weight = 0.5 + x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)
     else:
         name = pick(rng, list(TEXTURES))
-        weight, text = _texture(rng, name, side), f"a pale background with {with_article(name)}"
+        weight, text = _texture(rng, name, side), f"on a pale background with {with_article(name)}"
     return _blend(weight, first, second), text
 
 
@@ -164,10 +164,10 @@ def _draw_layer(rng: Generator, draw: ImageDraw, side: int, painter: str, level:
             raise ValueError(f"world.yaml: unknown layer {painter!r}")
 
 
-def _arrange(rng: Generator, names: list[str]) -> list[Thing]:
+def _arrange(rng: Generator, names: list[str], largest: float) -> list[Thing]:
     """One thing anywhere, or a larger and a smaller one on opposite sides."""
     if len(names) == 1:
-        sizes = [rng.uniform(0.45, 0.95)]
+        sizes = [rng.uniform(0.45, largest)]
         centres = [0.5 + rng.uniform(-0.5, 0.5, 2) * (1 - sizes[0])]
     else:
         sizes = [rng.uniform(0.45, 0.6), rng.uniform(0.3, 0.4)]
@@ -179,30 +179,43 @@ def _arrange(rng: Generator, names: list[str]) -> list[Thing]:
     ]
 
 
-def draw_things(rng: Generator, names: list[str], image_size: int) -> tuple[Image.Image, list[Thing], str]:
-    """An image of one or two things, the things, and the description of the background."""
+def draw_things(
+    rng: Generator, names: list[str], image_size: int, scene: str | None = None
+) -> tuple[Image.Image, list[Thing], str]:
+    """An image of one or two things, the things, and the background in words.
+
+    scene: what the things stand before, none of them larger than 0.7 image sides; by default a pale background.
+    """
     side = image_size * OVERSAMPLING
-    canvas, background = _background(rng, side)
+    if scene is None:
+        canvas, background = _background(rng, side)
+    else:
+        canvas, background = _scene(rng, scene, side), f"in front of {with_article(scene)}"
     draw = Draw(canvas)
     if rng.random() < 0.15:
         for _ in range(rng.integers(2, 6)):  # small gray spots as clutter
             (x, y), radius = rng.uniform(0, side, 2), rng.uniform(0.015, 0.04) * side
             _disc(draw, x, y, radius, (int(rng.integers(120, 200)),) * 3)
-    things = _arrange(rng, names)
+    things = _arrange(rng, names, largest=0.95 if scene is None else 0.7)
     for thing in things:
         _draw_thing(rng, draw, side, thing)
     return _finish(rng, canvas), things, background
 
 
-def draw_scene(rng: Generator, name: str, image_size: int) -> Image.Image:
-    """An image of a scene."""
-    side, scene = image_size * OVERSAMPLING, SCENES[name]
+def _scene(rng: Generator, name: str, side: int) -> Image.Image:
+    """A canvas with a scene."""
+    scene = SCENES[name]
     canvas = _blend(_coordinates(side)[1] + 0.5, _jitter(rng, scene.top), _jitter(rng, scene.bottom))
     draw = Draw(canvas)
     shift = rng.uniform(-0.08, 0.08)
     for painter, level, colour in scene.layers:
         _draw_layer(rng, draw, side, painter, level + shift, tuple(_jitter(rng, colour).astype(int).tolist()))
-    return _finish(rng, canvas)
+    return canvas
+
+
+def draw_scene(rng: Generator, name: str, image_size: int) -> Image.Image:
+    """An image of a scene."""
+    return _finish(rng, _scene(rng, name, image_size * OVERSAMPLING))
 
 
 def draw_texture(rng: Generator, name: str, image_size: int) -> tuple[Image.Image, str]:

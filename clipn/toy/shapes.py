@@ -74,6 +74,14 @@ CLASSES: dict[str, list[str]] = {
     "digits": [str(digit) for digit in range(10)],
 }
 
+# Further sets of the world in which things stand before scenes: ID training images, and things before unknown scenes.
+SCENE_CLASSES: dict[str, list[str]] = {
+    "train": CLASSES["id"],
+    "id_shifted": CLASSES["id"],
+    "near_shifted": CLASSES["near"],
+}
+KNOWN_SCENES, UNKNOWN_SCENES = list(SCENES)[0::2], list(SCENES)[1::2]
+
 
 def with_article(name: str) -> str:
     """The name after "a" or "an", or unchanged where it takes neither."""

@@ -2,7 +2,7 @@
 
 from clipn.config.schema import WorldConfig
 from clipn.runtime.distributed import barrier, is_main
-from clipn.toy.generate import make_toy
+from clipn.toy.generate import World, make_toy
 from clipn.toy.photos import unpack_photos
 
 
@@ -13,7 +13,7 @@ def make_world(world: WorldConfig) -> None:
     FileNotFoundError where world.source does not exist.
     """
     if world.name == "toy" and is_main():
-        make_toy(world.root, world.num_pairs, world.images_per_class, world.seed, world.image_size)
+        make_toy(world.root, World(**{name: getattr(world, name) for name in World.__dataclass_fields__}))
     elif world.name == "photos" and is_main():
         unpack_photos(world.source, world.root)
     barrier()

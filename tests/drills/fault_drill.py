@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from clipn.model.checkpoint import last_checkpoint, read_checkpoint  # noqa: E402
 from clipn.runtime.console import FAILED  # noqa: E402
 from clipn.runtime.signals import RESUME  # noqa: E402
-from clipn.toy.generate import make_toy  # noqa: E402
+from clipn.toy.generate import World, make_toy  # noqa: E402
 from clipn.training.run_folder import newest_checkpoint  # noqa: E402
 
 EVERY = 10  # steps between checkpoints
@@ -74,7 +74,7 @@ class Drill:
     def __init__(self, folder: Path, times: int, pairs: int, times_of_signals: random.Random) -> None:
         self.folder, self.times, self.random = folder, times, times_of_signals
         self.settings = [*SETTINGS, f"world.root={folder}/world", f"world.num_pairs={pairs}"]
-        make_toy(folder / "world", pairs, images_per_class=1, seed=0, image_size=32)
+        make_toy(folder / "world", World(pairs, images_per_class=1))
 
     def start(self, run: str, *words: str, ranks: int = 1, file_size: int | None = None) -> subprocess.Popen:
         """Start or resume a run; file_size: the bytes after which writing a file fails."""
