@@ -10,11 +10,14 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from conftest import replace_figures
 from helpers import write_images, write_tar
 from PIL import Image
 
 from clipn.config.schema import WorldConfig
+from clipn.pipeline import run_training
 from clipn.toy import generate
 from clipn.toy.drawing import draw_scene, draw_things
 from clipn.toy.generate import World, make_toy
@@ -239,3 +242,19 @@ def test_photos_of_training_pairs_become_class_folders(tmp_path):
     (root / "photos.json").write_text(json.dumps({"cifar100_test.tar": (source / "cifar100_test.tar").stat().st_size}))
     with pytest.raises(ValueError, match="or by an older version; delete it"):  # which had no training images
         unpack_photos(source, root)
+
+
+def test_toy_vit_runs_and_measures_id_things_before_unknown_scenes_too(tmp_path, monkeypatch):
+    """Both commands of configs/toy_vit.yaml, made small."""
+    monkeypatch.chdir(tmp_path)
+    replace_figures(monkeypatch)
+    small = "world.num_pairs=32 world.images_per_class=7 train.batch_size=16 train.epochs=1 base.train.epochs=1"
+    words = [*small.split(), "data.workers=0", "run.device=cpu", f"data.index_dir={tmp_path}/index"]
+    sets = ["near", "near_shifted", "scenes_known", "scenes_unknown", "textures", "digits"]
+    for id_set in ("id", "id_shifted"):
+        run_training("toy_vit", [*words, f"eval.id={{{id_set}: '${{world.root}}/{id_set}'}}"])
+        results = pd.read_csv("runs/toy_vit/results.csv")
+        assert set(results["id_set"]) == {id_set} and list(results["ood_set"].unique()) == sets
+        assert {"MCM", "GL-MCM", "kNN", "RMD", "PLP-Energy", "PLP-RMD", "CTW", "ATD"} <= set(results["method"])
+    log = Path("runs/toy_vit/log").read_text()
+    assert log.count("from step 0") == 1 and log.count("from step 2") == 1, "the second command trains nothing"
