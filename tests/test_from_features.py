@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 
-from clipn.methods import from_features
+from clipn.methods import from_features, neighbours
 from clipn.methods.from_features import principal_dim
 from clipn.methods.registry import METHODS, MethodInputs
 from clipn.model.head import Head
@@ -96,7 +96,7 @@ def test_higher_means_in_distribution_for_any_block_size_and_type(world, monkeyp
     whole = fitted(name, train, labels, head)(images)
     assert whole[:160].quantile(0.25) > whole[160:].quantile(0.75)
     monkeypatch.setattr(from_features, "_ROWS", 7)
-    monkeypatch.setattr(from_features, "_BANK", 11)
+    monkeypatch.setattr(neighbours, "_BANK", 11)
     torch.testing.assert_close(fitted(name, train, labels, head)(images), whole, rtol=1e-5, atol=1e-5)
     half = fitted(name, train.half(), labels.int(), head)(images)
     torch.testing.assert_close(half, whole, rtol=0.02, atol=0.02)
@@ -106,7 +106,7 @@ def test_higher_means_in_distribution_for_any_block_size_and_type(world, monkeyp
 def test_k_grows_with_the_number_of_training_images(monkeypatch, per_neighbour, k):
     train, _, head, inside, _ = make_world(count=90)
     monkeypatch.setattr(from_features, "IMAGES_PER_NEIGHBOUR", per_neighbour)
-    monkeypatch.setattr(from_features, "_BANK", 20)
+    monkeypatch.setattr(neighbours, "_BANK", 20)
     expected, _ = NearestNeighbors(n_neighbors=k).fit(train.numpy()).kneighbors(inside.numpy())
     np.testing.assert_allclose(fitted("kNN", train, None, head)(inside).numpy(), -expected[:, -1], atol=1e-5)
     if k == 1:

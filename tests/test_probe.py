@@ -20,8 +20,8 @@ from clipn.config.schema import ProbeConfig
 from clipn.evaluation.evaluate import evaluate
 from clipn.features import columns
 from clipn.features.columns import MappedRows, open_rows
+from clipn.methods import neighbours, probe_scores
 from clipn.methods import probe as probes
-from clipn.methods import probe_scores
 from clipn.methods.probe import (
     draw_shots,
     fit_probe,
@@ -215,7 +215,7 @@ def test_distances_of_logits_agree_with_a_slow_version(data, fitted, monkeypatch
 
 
 def test_one_nearest_neighbour_is_the_largest_cosine(data, monkeypatch):
-    monkeypatch.setattr(probe_scores, "_BANK", 11)
+    monkeypatch.setattr(neighbours, "_BANK", 11)
     train, images = data[0][:100], data[0][100:]
     expected = [max(F.cosine_similarity(image, other, dim=0) for other in train) for image in images]
     torch.testing.assert_close(nearest_cosine(train)(images), torch.stack(expected))

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipn.methods.neighbours import nearest
+
 Score = Callable[[Tensor], Tensor]
 
 IMAGES_PER_NEIGHBOUR = 1000  # kNN takes the M / 1000-th neighbour, at least the first
 REACT_PERCENTILE = 90.0  # of all numbers in the training features
 
 _ROWS = 1024  # training images in a block of a sum
-_BANK = 65_536  # training images that kNN compares images with at once
 _NEGLIGIBLE = 1e-12  # variances below this share of the features' mean square are rounding errors
 
 
@@ -32,13 +33,8 @@ def fit_knn(features: Tensor) -> Score:
     k = max(1, round(len(features) / IMAGES_PER_NEIGHBOUR))
 
     def score(block: Tensor) -> Tensor:
-        images = F.normalize(block.float(), dim=1)
-        nearest = images.new_empty(len(images), 0)  # the largest cosines so far, at most k
-        for part in features.split(_BANK):
-            cosines = images @ F.normalize(part.float(), dim=1).T
-            nearest = torch.cat([nearest, cosines.topk(min(k, len(part)), dim=1).values], dim=1)
-            nearest = nearest.topk(min(k, nearest.shape[1]), dim=1).values
-        return -(2 - 2 * nearest[:, -1]).clamp(min=0).sqrt()
+        cosines, _ = nearest(block, features, k)
+        return -(2 - 2 * cosines[:, -1]).clamp(min=0).sqrt()
 
     return _on_device(features, score)
 

@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipn.config.schema import ProbeConfig
-from clipn.features.columns import IN_MEMORY, MappedRows
+from clipn.features.columns import IN_MEMORY
+from clipn.methods.neighbours import Rows
 from clipn.model.hashing import tensor_hash
 from clipn.runtime.distributed import barrier, is_main
 from clipn.runtime.files import atomic_write
 from clipn.runtime.signals import stop_if_asked
 
 log = logging.getLogger(__name__)
-
-Rows = Tensor | MappedRows
 
 PROMPTS = (  # of the pseudo-labels and of MCM-5, whatever eval.templates are
     "a photo of a {}.",

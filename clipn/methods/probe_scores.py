@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipn.methods.neighbours import nearest
 from clipn.methods.probe import Probe, Rows
 from clipn.scores import energy, p_yes
 
 _ROWS = 8192  # training images in a block of a sum
-_BANK = 65_536  # training images that 1NN compares images with at once
 _SINGULAR = 1e-11  # a covariance with a smaller ratio of its variances is singular up to the rounding of the logits
 
 
@@ -73,14 +73,7 @@ def logit_distances(
 
 def nearest_cosine(train: Rows) -> Callable[[Tensor], Tensor]:
     """Tower outputs [B, W] -> cosine [B] to the nearest training image, of the outputs as they are (1NN)."""
-
-    def score(tower: Tensor) -> Tensor:
-        images = F.normalize(tower.float(), dim=1)
-        blocks = (train[start : start + _BANK] for start in range(0, len(train), _BANK))
-        nearest = [(images @ F.normalize(block.float(), dim=1).T).amax(dim=1) for block in blocks]
-        return torch.stack(nearest).amax(dim=0)
-
-    return score
+    return lambda tower: nearest(tower, train, 1)[0].squeeze(1)
 
 
 def _inverse(covariance: Tensor, method: str) -> Tensor:
