@@ -249,6 +249,12 @@ Writes run.dir/adversarial: a table, a figure, and folders of images that eval.o
     adversarial.add_argument("--config", dest="path", required=True, help=f"{_CONFIG} with eval.train")
     adversarial.add_argument("overrides", **overrides, help="settings such as adversarial.smoothness=0")
 
+    example = "example:\n  clipn correlation --config eval_cifar100 eval.checkpoints='bases/*.pt' eval.train=train\n"
+    about = "relate ID accuracy of 20-NN to OOD AUROC of 1-NN over base CLIPs"
+    correlation = _add(commands, "correlation", "clipn.pipeline:run_correlation", about, example, all_gpus=True)
+    correlation.add_argument("--config", dest="path", required=True, help=_CONFIG)
+    correlation.add_argument("overrides", **overrides, help="settings such as eval.checkpoints=[a.pt,b.pt,c.pt]")
+
     about = "encode training pairs once, for data.source=features"
     features = _add(commands, "features", "clipn.pipeline:run_extraction", about, all_gpus=True)
     features.add_argument("path", metavar="CONFIG", help=_CONFIG)

@@ -6,6 +6,7 @@ from clipn.config.loading import base_config, load_config, to_dict
 from clipn.config.schema import Config
 from clipn.data.pairs import open_pairs
 from clipn.evaluation.adversarial import evaluate_adversarial
+from clipn.evaluation.correlation import correlate
 from clipn.evaluation.evaluate import check_checkpoints, check_evaluation, evaluate
 from clipn.evaluation.record import RECORD, write_record
 from clipn.evaluation.results import Evaluation, join
@@ -13,7 +14,7 @@ from clipn.features.pairs import pair_features
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint
 from clipn.model.clipn import configured_model
-from clipn.report.write import summary, write_adversarial, write_report
+from clipn.report.write import summary, write_adversarial, write_correlation, write_report
 from clipn.runtime.console import start_log
 from clipn.runtime.distributed import choose_device, is_main, process_group
 from clipn.toy.world import make_world
@@ -67,6 +68,23 @@ def run_adversarial(path: str, overrides: list[str]) -> None:
             write_adversarial(folder, results, sets)
             print((folder / "results.md").read_text(encoding="utf-8"))
             print(f"done: {folder}/results.md and .csv; samples.png and folders of images beside them")
+
+
+def run_correlation(path: str, overrides: list[str]) -> None:
+    """Correlate ID accuracy and AUROC over the base CLIPs of a config's eval.checkpoints; raises as `correlate` does.
+
+    The same call resumes: features are kept.
+    """
+    config = _with_image_sets(path, overrides)
+    with process_group(choose_device(config.run.device)):
+        start_log(config.run.dir)
+        make_world(config.world)
+        points, fits = correlate(config)
+        if is_main():
+            folder = Path(config.run.dir) / "correlation"
+            write_correlation(folder, points, fits)
+            print((folder / "results.md").read_text(encoding="utf-8"))
+            print(f"done: {folder}/results.md, results.csv, fits.csv and scatter.png")
 
 
 def run_extraction(path: str, overrides: list[str]) -> None:

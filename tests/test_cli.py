@@ -91,6 +91,7 @@ def test_scripts_and_module_run_the_same_command(config_file, capsys, monkeypatc
         ["train", "toy", "train.lr=1e-4"],
         ["train"],
         ["eval", "--config", "toy", "eval.scale=50"],
+        ["correlation", "--config", "toy"],
         ["features", "toy", "features.dir=my features"],
         ["adversarial", "--config", "toy", "eval.train=my photos"],
         ["ablate", "toy", "loss", "run.seeds=[0,1]"],

@@ -104,7 +104,7 @@ def check_checkpoints(config: Config) -> None:
     Raises FileNotFoundError for a name that matches nothing, ValueError for what is no checkpoint.
     """
     if config.eval.id is not None:
-        for path in _matching_files(_outside(config.run.dir, config.eval.checkpoints)):
+        for path in matching_files(_outside(config.run.dir, config.eval.checkpoints)):
             read_checkpoint(path)
 
 
@@ -169,7 +169,7 @@ def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodIn
     return set_scores
 
 
-def _matching_files(names: str | Sequence[str] | None) -> list[str]:
+def matching_files(names: str | Sequence[str] | None) -> list[str]:
     """The files of eval.checkpoints, each once: files, globs, run folders, shared folders, "hf://user/repo"."""
     paths: list[str] = []
     for name in [names] if isinstance(names, str) else names or []:
@@ -188,7 +188,7 @@ def open_models(config: Config) -> Iterator[tuple[CLIPN, int]]:
     """
     settings, device, last = config.model, choose_device(config.run.device), last_checkpoint(config.run.dir)
     own = [name for name in (str(last), settings.pretrained) if name and Path(name).is_file()]
-    paths = _matching_files(config.eval.checkpoints) or own[:1]
+    paths = matching_files(config.eval.checkpoints) or own[:1]
     if not paths:
         if not settings.pretrained:
             raise FileNotFoundError(f"nothing to evaluate: no {last}; name a checkpoint in eval.checkpoints")

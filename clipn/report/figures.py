@@ -31,7 +31,7 @@ _THIN = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}
 def draw_histograms(scores: Scores) -> Figure:
     """One panel per method: the scores of the ID set (filled) and of each OOD set (lines)."""
     id_set, *ood_sets = scores
-    figure, panels = _panels(scores, 4.2, 3.0)
+    figure, panels = _panels(list(scores[id_set]), 4.2, 3.0)
     for method, axis in panels:
         bins = _bins(np.concatenate([by_method[method] for by_method in scores.values()]))
         styles = [
@@ -52,7 +52,7 @@ def draw_histograms(scores: Scores) -> Figure:
 def draw_roc(scores: Scores) -> Figure:
     """One panel per method: the ROC curve of each OOD set, with ID as the positive class."""
     id_set, *ood_sets = scores
-    figure, panels = _panels(scores, 3.7, 3.6)
+    figure, panels = _panels(list(scores[id_set]), 3.7, 3.6)
     for method, axis in panels:
         for name, colour in _colours(ood_sets):
             both = [scores[id_set][method], scores[name][method]]
@@ -92,6 +92,25 @@ def draw_bars(results: pd.DataFrame) -> Figure:
     if max(map(len, names)) * len(groups) > 9 * width:
         matplotlib.artist.setp(axis.get_xticklabels(), rotation=25, ha="right", rotation_mode="anchor")
     _add_legend(figure)
+    return figure
+
+
+def draw_correlation(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
+    """A panel per OOD set and their average: ID accuracy against AUROC, a point per checkpoint, and the fitted line."""
+    figure, panels = _panels(list(fits["ood_set"]), 3.6, 3.2)
+    for (name, axis), (_, fit) in zip(panels, fits.iterrows(), strict=True):
+        of_set = points[points["ood_set"] == name]
+        x, y = 100 * of_set["id_accuracy"], 100 * of_set["AUROC"]
+        axis.plot(x, y, "o", markersize=4)
+        text = "no correlation"
+        if np.isfinite(fit["r_squared"]):
+            ends = np.array([x.min(), x.max()])
+            axis.plot(ends, fit["slope"] * ends + 100 * fit["intercept"], color="0.4", linewidth=1)
+            text = f"R² = {fit['r_squared']:.2f}"
+        axis.set_title(f"{_label(_shorten(name, 22))}: {text}", fontsize="medium")
+        axis.margins(0.08)
+    figure.supxlabel(f"ID accuracy of 20-NN, % ({len(x)} checkpoints)", fontsize="medium")
+    figure.supylabel("AUROC of 1-NN, %", fontsize="medium")
     return figure
 
 
@@ -146,14 +165,13 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=120)
 
 
-def _panels(scores: Scores, width: float, height: float) -> tuple[Figure, list[tuple[str, Axes]]]:
-    """A figure, and each method with its titled panel of this size in inches, three in a row."""
-    methods = list(next(iter(scores.values())))
-    columns = min(3, len(methods))
-    rows = -(-len(methods) // columns)
+def _panels(names: Sequence[str], width: float, height: float) -> tuple[Figure, list[tuple[str, Axes]]]:
+    """A figure, and each name with its titled panel of this size in inches, three in a row."""
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
     figure = Figure((width * columns, height * rows), layout="constrained")
-    axes = [figure.add_subplot(rows, columns, n + 1, title=_label(method)) for n, method in enumerate(methods)]
-    return figure, list(zip(methods, axes, strict=True))
+    axes = [figure.add_subplot(rows, columns, n + 1, title=_label(name)) for n, name in enumerate(names)]
+    return figure, list(zip(names, axes, strict=True))
 
 
 def _colours(ood_sets: Sequence[str]) -> Iterator[tuple[str, str]]:

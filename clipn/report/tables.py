@@ -62,6 +62,24 @@ def ablations_table(results: pd.DataFrame) -> pd.DataFrame:
     return _table("setting", [*((name, rows, METRICS) for name, rows in methods), ("ID", results, ["id_accuracy"])])
 
 
+def points_table(points: pd.DataFrame) -> pd.DataFrame:
+    """Per checkpoint, the least accurate first: the 20-NN accuracy on ID images, and 1-NN's AUROC of each OOD set."""
+    ordered = points.sort_values("id_accuracy", kind="stable")
+    parts = [(name, ordered[ordered["ood_set"] == name], ["AUROC"]) for name in points["ood_set"].unique()]
+    return _table("checkpoint", [("20-NN", ordered, ["id_accuracy"]), *parts])
+
+
+def fits_table(fits: pd.DataFrame) -> pd.DataFrame:
+    """Per OOD set: R², the slope of the line and the number of checkpoints; a dash where there is no correlation."""
+    columns = {
+        ("", "OOD set"): fits["ood_set"],
+        ("", "R²"): [f"{value:.3f}" for value in fits["r_squared"]],
+        ("", "slope"): [f"{value:.2f}" for value in fits["slope"]],
+        ("", "n"): fits["n"].astype(str),
+    }
+    return pd.DataFrame(columns).replace("nan", "–")
+
+
 def intervals_table(intervals: pd.DataFrame) -> pd.DataFrame:
     """Per method: the lower and upper limit, in percent, of each OOD set and metric."""
     limits = 100 * intervals[["low", "high"]].to_numpy()

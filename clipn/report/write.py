@@ -12,7 +12,15 @@ from clipn.evaluation.adversarial import VERSIONS, AdversarialSet
 from clipn.evaluation.results import Evaluation, SetScores
 from clipn.metrics import bootstrap_interval
 from clipn.report import tables
-from clipn.report.figures import draw_adversarial, draw_bars, draw_histograms, draw_roc, draw_samples, save_figure
+from clipn.report.figures import (
+    draw_adversarial,
+    draw_bars,
+    draw_correlation,
+    draw_histograms,
+    draw_roc,
+    draw_samples,
+    save_figure,
+)
 from clipn.report.html import figure_uri, thumbnail_uri, worst_mistakes
 from clipn.report.published import Published, published_for
 from clipn.runtime.console import printable
@@ -106,6 +114,19 @@ def write_adversarial(folder: Path, results: pd.DataFrame, sets: Sequence[Advers
     results.to_csv(folder / "results.csv", index=False)
     _write(folder / "results.md", blocks=blocks)
     save_figure(draw_adversarial(sets), folder / "samples.png")
+
+
+def write_correlation(folder: Path, points: pd.DataFrame, fits: pd.DataFrame) -> None:
+    """Write results.csv (the points), fits.csv, results.md and scatter.png of a correlation into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    points.to_csv(folder / "results.csv", index=False)
+    fits.to_csv(folder / "fits.csv", index=False)
+    text = f"ID: {points['id_set'].iloc[0]}. Accuracy of a 20-NN classifier and AUROC of 1-NN, in percent."
+    fitted = "Squared Pearson correlation R² of this accuracy and AUROC, and slope: AUROC points per accuracy point."
+    blocks = [Block("Checkpoints", text, tables.points_table(points))]
+    blocks.append(Block("Correlation", fitted, tables.fits_table(fits)))
+    _write(folder / "results.md", blocks=blocks)
+    save_figure(draw_correlation(points, fits), folder / "scatter.png")
 
 
 def bootstrap_intervals(set_scores: dict[str, SetScores], draws: int, seed: int = 0) -> pd.DataFrame:
