@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import architecture, write_clipn
-from helpers import files, write_images
+from helpers import files, run_ranks, write_images
 from PIL import Image
 
 import clipn.evaluation.adversarial
@@ -189,6 +189,11 @@ def finished(material, tmp_path_factory):
     return load_config(material / "config.yaml", words), run / "adversarial"
 
 
+def adversarial_files(folder: Path) -> dict[str, bytes]:
+    """The images of all versions."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/*/0*") if path.is_file()}
+
+
 def test_the_table_has_every_score_of_every_version(finished):
     config, folder = finished
     results = pd.read_csv(folder / "results.csv")
@@ -241,6 +246,18 @@ def test_clean_files_are_the_models_input_and_adversarial_ones_are_near_the_targ
         assert len(set(of.targets)) == len(of.targets)
 
 
+def test_a_change_below_half_a_level_is_lost_in_8_bits(material, tmp_path, monkeypatch):
+    monkeypatch.setattr(clipn.evaluation.adversarial, "perturb", lambda encode, images, *more: images * 254.6 / 255)
+    words = [f"run.dir={tmp_path}", "eval.methods=[MCM,1NN]"]
+    results, sets = evaluate_adversarial(load_config(material / "config.yaml", words))
+    for of in sets:
+        torch.testing.assert_close(of.cosines["png"], of.cosines["clean"], rtol=0, atol=1e-6)
+        assert (of.cosines["float"] - of.cosines["clean"]).abs().max() > 1e-5
+        assert ((of.change > 0.1) & (of.change < 0.4)).all()
+    same = results.pivot(index=["ood_set", "method"], columns="pixels", values="AUROC")
+    assert (same["png"] == same["clean"]).all()
+
+
 def test_a_stopped_run_perturbs_the_rest_alone(finished, material, tmp_path, monkeypatch):
     _, folder = finished
     done = []
@@ -261,11 +278,16 @@ def test_a_stopped_run_perturbs_the_rest_alone(finished, material, tmp_path, mon
     run_adversarial(*words)
     run_adversarial(*words)
     assert done == [2, 2, 1, 2, 1], "each image once"
-    made, expected = (
-        {path.relative_to(f): path.read_bytes() for path in sorted(f.rglob("*")) if path.suffix in (".png", ".npy")}
-        for f in (tmp_path / "adversarial", folder)
-    )
-    assert len(made) == 1 + 3 * 8 and made == expected
+    made, expected = (adversarial_files(of) for of in (tmp_path / "adversarial", folder))
+    assert len(made) == 3 * 8 and made == expected
+
+
+def test_two_ranks_share_the_work(finished, material, tmp_path):
+    run_ranks(2, run_adversarial, str(material / "config.yaml"), [f"run.dir={tmp_path}"])
+    made, expected = (adversarial_files(folder) for folder in (tmp_path / "adversarial", finished[1]))
+    assert made == expected
+    results, expected = (pd.read_csv(folder / "results.csv") for folder in (tmp_path / "adversarial", finished[1]))
+    pd.testing.assert_frame_equal(results, expected)
 
 
 def test_images_of_other_settings_are_refused(finished, material, tmp_path):
