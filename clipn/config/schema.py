@@ -278,13 +278,12 @@ class TagoodConfig(_Section):
     seed: int = 0  # of the initial weights and centres, the order of the images and dropout
 
     def __post_init__(self) -> None:
-        own = re.fullmatch(r"[\w.]+:\w+", self.tagger)
-        self._check(
-            "tagger", self.tagger in ("clip", "ram", "ram++") or bool(own), "clip, ram, ram++ or MODULE:FUNCTION"
-        )
-        self._check(
-            "tags", self.tags in ("classes", "clipn") or self.tags.endswith(".txt"), "classes, clipn or a .txt file"
-        )
+        own = bool(re.fullmatch(r"[\w.]+:\w+", self.tagger))
+        ok = self.tagger in ("clip", "ram", "ram++") or own
+        self._check("tagger", ok, "clip, ram, ram++ or MODULE:FUNCTION")
+        ok = self.tags == "clipn" if self.tagger == "clip" else own or self.tags.endswith(".txt")
+        expected = "clipn" if self.tagger == "clip" else "a .txt file"
+        self._check("tags", self.tags == "classes" or ok, f"classes or {expected}, with tagood.tagger={self.tagger}")
         for name in ("tag_threshold", "attention_threshold"):
             self._check(name, 0 <= getattr(self, name) < 1, "0 or more, below 1")
         self._at_least(1, "max_tokens", "width", "layers", "heads", "groups", "epochs", "batch_size")

@@ -79,7 +79,7 @@ def local_features(model: CLIPN, images: Tensor) -> tuple[Tensor, Tensor]:
     else:
         found = f"{type(tower).__name__}{' of other blocks or pooling' * hasattr(tower, 'transformer')}"
         needed = "a base with patch features, open_clip's standard ViT or CLIP's ResNet"
-        raise ValueError(f"GL-MCM needs {needed}; this base has {found}")
+        raise ValueError(f"GL-MCM and tagood.tagger=clip need {needed}; this base has {found}")
     hook = last.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     try:
         features = model.encode_image(images)
