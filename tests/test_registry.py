@@ -42,6 +42,7 @@ run: {{device: cpu}}
 model: {{name: {folder}/model.json, pretrained: {folder}/clipn.pt}}
 data: {{workers: 0}}
 features: {{part_size: 3}}
+tagood: {{width: 8, heads: 2, layers: 1, epochs: 1}}
 eval:
   {{id: {folder}/id, ood: {folder}/ood, templates: simple, train: {folder}/train, words: {folder}/words.txt}}
 """
@@ -59,7 +60,7 @@ def test_every_method_comes_from_one_pass(evaluated, tmp_path, encoded):
     methods = [method for method in METHOD_NAMES if method != "ODIN"]  # which encodes each image twice more
     first = evaluated(f"eval.methods=[{','.join(methods)}]")
     assert first.results["method"].tolist() == methods and list(first.set_scores["ood"].scores) == methods
-    assert sum(encoded) == 8 + 5 + 80 + (8 + 5), "GL-MCM encodes each image a second time"
+    assert sum(encoded) == 2 * (8 + 5 + 80) + (8 + 5), "GL-MCM encodes each image once more, TagOOD training images too"
     names = [line.split("\t")[1] for line in (tmp_path / "run/negatives_NegLabel.tsv").read_text().splitlines()]
     assert names and set(names) <= {"ship", "violin", "cloud", "red", "quiet"}
     encoded.clear()

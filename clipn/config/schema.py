@@ -208,7 +208,7 @@ class EvalConfig(_Section):
     templates: Any = "clipn-release"  # clipn-release | openai | simple | a .txt file | a list
     methods: list[str] = field(default_factory=lambda: ["MSP", "MaxLogit", "Energy", "MCM", "CTW", "ATD"])
     scale: float = 100.0
-    train: Any = None  # ID training images, as `id`: kNN, Mahalanobis, RMD, ViM, Residual, ReAct, 1NN, PLP-*, LP-*
+    train: Any = None  # ID training images, as `id`, for kNN, Mahalanobis, PLP-*, TagOOD and others: docs/evaluation.md
     words: str | None = None  # a word list or WordNet's database folder: NegLabel, CSP
     bootstrap: int = 0  # draws for confidence intervals; 0: none
     checkpoints: Any = None  # a path, a glob or a list: mean and deviation over them; null: this run's own

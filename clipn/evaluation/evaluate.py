@@ -24,7 +24,10 @@ from clipn.methods.registry import (
     check_methods,
     make_methods,
     methods_that_need,
+    methods_that_take,
 )
+from clipn.methods.taggers import check_tagger
+from clipn.methods.tokens import tag_scores, training_tokens
 from clipn.model.base import get_tokenizer
 from clipn.model.checkpoint import last_checkpoint, read_checkpoint
 from clipn.model.clipn import CLIPN, configured_model, load_model
@@ -56,7 +59,7 @@ def evaluate(config: Config, sets: Sets | None = None, unused: Collection[Path] 
     FileNotFoundError for image sets, names, templates, methods or checkpoints that do not exist or do not fit.
     """
     settings = config.eval
-    check_methods(settings)
+    _check_methods(config)
     templates = load_templates(settings.templates)
     id_set, ood_sets, train_set = sets or open_sets(settings)
     class_names = load_class_names(settings.class_names, id_set.classes)
@@ -65,6 +68,7 @@ def evaluate(config: Config, sets: Sets | None = None, unused: Collection[Path] 
         head = build_head(model, get_tokenizer(model.architecture), class_names, templates)
         inputs = MethodInputs(model, head, class_names, settings.scale, words=settings.words, folder=config.run.dir)
         inputs.probe, inputs.probe_folder = config.probe, Path(config.features.dir) / "probes"
+        inputs.tagood, inputs.tagood_folder = config.tagood, Path(config.features.dir) / "tagood"
         if train_set and methods_that_need("train", settings.methods):
             _add_training_images(config, inputs, train_set, unused)
         set_scores = _score_sets(config, [id_set, *ood_sets], inputs)
@@ -83,7 +87,7 @@ def check_evaluation(config: Config, world_made: bool = True) -> None:
     in world.root are left out. Without eval.id it checks methods, words and templates alone.
     """
     settings = config.eval
-    check_methods(settings)
+    _check_methods(config)
     load_templates(settings.templates)
     if settings.id is None:
         return
@@ -142,10 +146,13 @@ def _add_training_images(config: Config, inputs: MethodInputs, images: ImageSet,
     tower = bool(methods_that_need("tower", config.eval.methods))
     images, features, columns = next(image_set_features(config, inputs.model, [images], tower=tower))
     outputs, labels = columns.get("tower"), torch.tensor(images.labels) if images.labels else None
+    if methods_that_need("tokens", config.eval.methods):
+        inputs.tokens = training_tokens(config, inputs.tagger, images)
     if unused:
         kept = torch.tensor([number for number, path in enumerate(images.paths) if path not in unused])
         features = features[kept]
         outputs, labels = (rows if rows is None else rows[kept.to(rows.device)] for rows in (outputs, labels))
+        inputs.tokens = inputs.tokens and inputs.tokens.subset(kept)
     inputs.train, inputs.train_tower, inputs.labels = features, outputs, labels
 
 
@@ -154,7 +161,10 @@ def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodIn
     settings, set_scores = config.eval, {}
     image_methods, feature_methods = (make_methods(kind, settings.methods, inputs) for kind in ("images", "features"))
     depends_on = f"{tensor_hash(inputs.head.weight_yes)} {settings.scale} {constants()}"
-    score_classifiers = ClassifierScores(settings.methods, inputs)
+    score_classifiers, score_tags = (
+        ClassifierScores(settings.methods, inputs),
+        make_methods("tags", settings.methods, inputs),
+    )
     others = [name for name in settings.methods if name in SCORES or name in feature_methods]
     tower = bool(methods_that_need("tower", settings.methods))
     sets = image_set_features(config, inputs.model, image_sets, image_methods, depends_on, tower)
@@ -164,9 +174,17 @@ def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodIn
         scored = score_features(inputs.head, images, features, others, settings.scale, feature_methods)
         scores, predictions = score_classifiers(features, columns.pop("tower", None))
         scores |= scored.scores | {name: values.numpy() for name, values in columns.items()}
+        if score_tags:
+            scores |= tag_scores(config, inputs.tagger, images, score_tags)
         scores = {name: scores[name] for name in settings.methods}
         set_scores[images.name] = replace(scored, scores=scores, predictions=predictions)
     return set_scores
+
+
+def _check_methods(config: Config) -> None:
+    check_methods(config.eval)
+    if methods_that_take("tags", config.eval.methods):
+        check_tagger(config.tagood)
 
 
 def matching_files(names: str | Sequence[str] | None) -> list[str]:

@@ -15,7 +15,7 @@ from clipn.config.schema import Config
 from clipn.data.image_sets import UNREAD, ImageFiles, ImageSet, unreadable
 from clipn.data.images import normalise, val_transform
 from clipn.features.columns import MappedRows, open_rows
-from clipn.features.store import Columns, FeatureStore
+from clipn.features.store import Columns, Encode, FeatureStore
 from clipn.model.clipn import CLIPN
 from clipn.model.hashing import weights_hash
 from clipn.model.precision import autocast
@@ -56,47 +56,68 @@ def image_set_features(
 
     for images in image_sets:
         store = _open_store(config, model, images, weights, [*sorted(scores), scores_of] if scores else [], tower)
-        if store.missing():
-            dataset = ImageFiles(images.paths, val_transform(model.preprocess), normalise(model.preprocess))
-            store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
-        rows, parts = store.read()
-        skipped, causes = rows.T.tolist()
-        if not parts:
-            raise unreadable(images)
+        readable, parts = encode_images(config, store, images, model.preprocess, encode)
         columns = {name: torch.cat([part.pop(name) for part in parts]) for name in ("image", *scores)}
         if tower:
             columns["tower"] = open_rows([part["tower"] for part in parts], device)
-        barrier()
-        if (not settings.keep_features or UNREAD in causes) and is_main():  # an unread file may be readable later
-            shutil.rmtree(store.folder)
-        yield images.without(skipped), columns.pop("image"), columns
+        yield readable, columns.pop("image"), columns
+
+
+def encode_images(
+    config: Config, store: FeatureStore, images: ImageSet, preprocess: dict[str, Any], encode: Encode
+) -> tuple[ImageSet, list[Columns]]:
+    """The readable images of a set, and the columns of its store by part; missing parts are encoded in one pass.
+
+    preprocess: of the images, in open_clip's words. Raises ValueError for a set without readable images.
+    """
+    settings = config.eval
+    if store.missing():
+        dataset = ImageFiles(images.paths, val_transform(preprocess), normalise(preprocess))
+        store.fill(dataset, encode, settings.batch_size, config.data.workers, images.name)
+    rows, parts = store.read()
+    skipped, causes = rows.T.tolist()
+    if not parts:
+        raise unreadable(images)
+    barrier()
+    if (not settings.keep_features or UNREAD in causes) and is_main():  # an unread file may be readable later
+        shutil.rmtree(store.folder)
+    return images.without(skipped), parts
 
 
 def _open_store(
     config: Config, model: CLIPN, images: ImageSet, weights: str, scores: list[str], tower: bool
 ) -> FeatureStore:
-    """The store of one image set. Its folder's name has a hash of the manifest, so that any number of them coexist.
+    """The store of one image set; any number of them coexist.
 
     A store with the tower's output also serves methods that do not ask for it.
     """
-    manifest = {
-        "of": images.name,
+    manifest = image_manifest(config, images, model.preprocess) | {
         "model": model.architecture,  # with another activation, the same weights give other features
         "weights": weights,
-        "preprocess": model.preprocess,
+        "scores": scores,
+    }
+    with_tower = manifest | {"tower": config.features.dtype}
+    plain, complete = (store_folder(config, "images", of) for of in (manifest, with_tower))
+    use_tower = gather_values(tower or (complete.is_dir() and not plain.is_dir()))[0]
+    return FeatureStore(complete, with_tower) if use_tower else FeatureStore(plain, manifest)
+
+
+def image_manifest(config: Config, images: ImageSet, preprocess: dict[str, Any]) -> dict[str, Any]:
+    """What all stores of an image set depend on."""
+    return {
+        "of": images.name,
+        "preprocess": preprocess,
         "precision": config.eval.precision,
         "images": files_hash(images.paths),
         "samples": len(images),
         "part_size": config.features.part_size,
-        "scores": scores,
     }
-    with_tower = manifest | {"tower": config.features.dtype}
-    name = re.sub(r"[^\w.-]", "_", images.name)
-    plain, complete = (
-        Path(config.features.dir) / "images" / f"{name}-{_json_hash(of)[:12]}" for of in (manifest, with_tower)
-    )
-    use_tower = gather_values(tower or (complete.is_dir() and not plain.is_dir()))[0]
-    return FeatureStore(complete, with_tower) if use_tower else FeatureStore(plain, manifest)
+
+
+def store_folder(config: Config, kind: str, manifest: dict[str, Any]) -> Path:
+    """The folder in features.dir/kind of a store of an image set: its name has a hash of the manifest."""
+    name = re.sub(r"[^\w.-]", "_", manifest["of"])
+    return Path(config.features.dir) / kind / f"{name}-{_json_hash(manifest)[:12]}"
 
 
 def files_hash(paths: Sequence[Path]) -> str:

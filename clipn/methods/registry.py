@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipn.config.schema import EvalConfig, ProbeConfig
+from clipn.config.schema import EvalConfig, ProbeConfig, TagoodConfig
 from clipn.methods.from_features import Score, fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_vim
 from clipn.methods.from_images import gl_mcm, odin
 from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Pool, mine, neglabel, read_words, save_negatives
@@ -29,6 +29,8 @@ from clipn.methods.probe import (
     stored_probe,
 )
 from clipn.methods.probe_scores import logit_distances, nearest_cosine, probe_atd, probe_ctw, probe_energy_clipn
+from clipn.methods.taggers import Tagger, make_tagger
+from clipn.methods.tokens import ROWS, TagScore, TrainingTokens, fit_row
 from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head, class_weights
@@ -55,7 +57,16 @@ class MethodInputs:
     train_tower: Rows | None = None  # the image tower's outputs [M, W] for the training images
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     probe_folder: str | Path | None = None  # where fitted probes are kept
+    tokens: TrainingTokens | None = None  # of the training images, by `tagger`
+    tagood: TagoodConfig = field(default_factory=TagoodConfig)
+    tagood_folder: str | Path | None = None  # where fitted projectors are kept
     results: dict[str, Any] = field(default_factory=dict)  # what several methods share
+
+    @property
+    def tagger(self) -> Tagger:
+        """The tagger of TagOOD, made once."""
+        arguments = self.tagood, self.model, self.head, self.class_names, self.scale
+        return self.once("tagger", lambda: make_tagger(*arguments))
 
     @property
     def classes(self) -> int:
@@ -73,11 +84,12 @@ class Method(NamedTuple):
     """How a score is made, and which inputs it needs.
 
     takes: what the score is a function of: "features" [B, D], "images" [B, 3, H, W], or a name of CLASSIFIERS: the
-        logits [B, C] of that classifier and the features, or "tower": the tower's outputs [B, W] and the features.
+        logits [B, C] of that classifier and the features, or "tower": the tower's outputs [B, W] and the features,
+        or "tags": what the tagger says of the images.
     """
 
     make: Callable[[MethodInputs], Callable[..., Tensor]]
-    needs: tuple[str, ...] = ()  # of "train", "tower", "labels", "words", and "probe": as many images as classes
+    needs: tuple[str, ...] = ()  # of "train", "tower", "tokens", "labels", "words"; "probe": as many images as classes
     takes: str = "features"
 
 
@@ -110,19 +122,14 @@ def _fitted(inputs: MethodInputs, kind: str) -> _Fitted:
             lacks = "labels" if tower is not None else "tower outputs"
             raise ValueError(f"{kind}: the {lacks} of the training images are missing")
         if kind == "PLP":
-            labels = pseudo_labels(inputs.train, _prompt_weights(inputs))
+            labels = _pseudo_labels(inputs)
             if settings.keep:
                 kept = _kept_by_clipn(inputs)
                 tower, labels = tower[kept.to(tower.device)], labels[kept]
         elif settings.shots:
             chosen = draw_shots(labels, settings.shots, settings.seed)
             tower, labels = tower[chosen.to(tower.device)], labels[chosen]
-        counts = torch.bincount(labels, minlength=inputs.classes).tolist()
-        empty = [name for name, count in zip(inputs.class_names, counts, strict=False) if not count]
-        if empty:
-            names = ", ".join(empty[:10]) + ", ..." * (len(empty) > 10)
-            message = "%s: no training image has the label of %d of %d classes, which the probe does not learn: %s"
-            log.warning(message, kind, len(empty), len(counts), names)
+        _warn_of_empty_classes(inputs, kind, labels)
         arguments = tower, labels, inputs.classes, settings
         probe = stored_probe(inputs.probe_folder, *arguments) if inputs.probe_folder else fit_probe(*arguments)
         return _Fitted(probe, tower, labels)
@@ -141,6 +148,19 @@ def _kept_by_clipn(inputs: MethodInputs) -> Tensor:
         raise ValueError(f"PLP: {setting}: {counts}")
     log.info("PLP: by %s, %d of %d training images are learned", setting, len(kept), len(says_ood))
     return kept
+
+
+def _warn_of_empty_classes(inputs: MethodInputs, kind: str, labels: Tensor) -> None:
+    counts = torch.bincount(labels, minlength=inputs.classes).tolist()
+    empty = [name for name, count in zip(inputs.class_names, counts, strict=False) if not count]
+    if empty:
+        names = ", ".join(empty[:10]) + ", ..." * (len(empty) > 10)
+        message = "%s: no training image has the label of %d of %d classes, which it does not learn: %s"
+        log.warning(message, kind, len(empty), len(counts), names)
+
+
+def _pseudo_labels(inputs: MethodInputs) -> Tensor:
+    return inputs.once("pseudo-labels", lambda: pseudo_labels(inputs.train, _prompt_weights(inputs)))
 
 
 def _prompt_weights(inputs: MethodInputs) -> Tensor:
@@ -192,6 +212,20 @@ def _probe_methods(kind: str, needs: tuple[str, ...]) -> dict[str, Method]:
     }
 
 
+def _tag_score(kind: str, row: str, inputs: MethodInputs) -> TagScore:
+    """One of ROWS, learned from the class folders' labels ("TagOOD") or from pseudo-labels ("TagOOD-PL")."""
+    labels = inputs.labels if kind == "TagOOD" else _pseudo_labels(inputs)
+    if inputs.tokens is None or labels is None:
+        lacks = "labels" if inputs.tokens is not None else "tokens"
+        raise ValueError(f"{kind}: the {lacks} of the training images are missing")
+    inputs.once(f"classes of {kind}", lambda: _warn_of_empty_classes(inputs, kind, labels))
+    return fit_row(row, inputs.tokens, labels, inputs.classes, inputs.tagood, inputs.tagood_folder)
+
+
+def _tag_methods(kind: str, needs: tuple[str, ...]) -> dict[str, Method]:
+    return {f"{kind}-{row}".strip("-"): Method(partial(_tag_score, kind, row), needs, "tags") for row in ROWS}
+
+
 _TOWER = ("train", "tower")
 _PLP, _LP = (*_TOWER, "probe"), (*_TOWER, "probe", "labels")
 
@@ -215,6 +249,9 @@ METHODS: dict[str, Method] = {
     "PLP+CTW": Method(_with_clipn(probe_ctw), _PLP, "PLP"),
     "PLP+ATD": Method(_with_clipn(probe_atd), _PLP, "PLP"),
     "PLP-Energy+CLIPN": Method(_with_clipn(probe_energy_clipn), _PLP, "PLP"),
+    "TagOOD-tag": Method(lambda x: TagScore(x.tagood), takes="tags"),
+    **_tag_methods("TagOOD", ("train", "tokens", "labels")),
+    **_tag_methods("TagOOD-PL", ("train", "tokens")),
 }
 METHOD_NAMES = (*SCORES, *METHODS)
 _SETTINGS = {
@@ -241,13 +278,18 @@ def check_methods(settings: EvalConfig) -> None:
 
 
 def methods_that_need(name: str, methods: Sequence[str]) -> list[str]:
-    """Those of the methods that need "train", "tower", "probe", "labels" or "words"."""
+    """Those of the methods that need "train", "tower", "tokens", "probe", "labels" or "words"."""
     return [method for method in methods if method in METHODS and name in METHODS[method].needs]
+
+
+def methods_that_take(takes: str, methods: Sequence[str]) -> list[str]:
+    """Those of the methods that are functions of this, such as "features"."""
+    return [method for method in methods if method in METHODS and METHODS[method].takes == takes]
 
 
 def make_methods(takes: str, methods: Sequence[str], inputs: MethodInputs) -> dict[str, Callable[..., Tensor]]:
     """The scores among the methods that take this, such as "features"; raises as their `make` does."""
-    return {name: METHODS[name].make(inputs) for name in methods if name in METHODS and METHODS[name].takes == takes}
+    return {name: METHODS[name].make(inputs) for name in methods_that_take(takes, methods)}
 
 
 class ClassifierScores:
