@@ -20,6 +20,7 @@ from clipn.features.image_sets import image_set_features
 from clipn.methods import neighbours
 from clipn.methods.neighbours import knn_classifier, nearest
 from clipn.report.figures import draw_correlation
+from clipn.report.tables import fits_table
 
 CLASSES = ("cat", "dog", "fox")
 
@@ -94,6 +95,13 @@ def test_a_panel_per_set_shows_the_points_and_their_line():
         near.lines[1].get_ydata(), np.polyval(np.polyfit([50, 60, 80], [60, 75, 90], 1), [50, 80])
     )
     assert near.get_title() == "near: R² = 0.96" and far.get_title() == "far: no correlation" and len(far.lines) == 1
+    points = make_points([0.5, 0.6, 0.8], same=[1.0, 0.9999, 1.0])
+    assert np.ptp(draw_correlation(points, fit_lines(points)).axes[0].get_ylim()) == pytest.approx(4)
+
+
+def test_the_table_has_a_dash_where_there_is_no_correlation():
+    fits = fit_lines(make_points([0.5, 0.6, 0.8], near=[0.8, 0.8, 0.7999], far=[1.0, 1.0, 1.0]))
+    assert fits_table(fits).to_numpy().tolist() == [["near", "0.893", "0.00", "3"], ["far", "–", "0.00", "3"]]
 
 
 # The command

@@ -22,6 +22,7 @@ from clipn.report.tables import METRICS, run_number
 Scores = dict[str, dict[str, np.ndarray]]  # by set and method, the ID set first
 
 _ADVERSARIAL = 8  # images of each set in `draw_adversarial`
+_LEAST_SPAN = 4  # points of AUROC in a panel of `draw_correlation`, so that rounding does not look like a trend
 _SAMPLES = 12  # images of each set in `draw_samples`
 _ID_COLOUR = "tab:gray"
 _OOD_COLOURS = [colour for colour in matplotlib.colors.TABLEAU_COLORS if colour != _ID_COLOUR]
@@ -109,6 +110,9 @@ def draw_correlation(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
             text = f"R² = {fit['r_squared']:.2f}"
         axis.set_title(f"{_label(_shorten(name, 22))}: {text}", fontsize="medium")
         axis.margins(0.08)
+        low, high = axis.get_ylim()
+        spare = max(0, _LEAST_SPAN - (high - low)) / 2
+        axis.set_ylim(low - spare, high + spare)
     figure.supxlabel(f"ID accuracy of 20-NN, % ({len(x)} checkpoints)", fontsize="medium")
     figure.supylabel("AUROC of 1-NN, %", fontsize="medium")
     return figure

@@ -74,7 +74,7 @@ def fits_table(fits: pd.DataFrame) -> pd.DataFrame:
     columns = {
         ("", "OOD set"): fits["ood_set"],
         ("", "R²"): [f"{value:.3f}" for value in fits["r_squared"]],
-        ("", "slope"): [f"{value:.2f}" for value in fits["slope"]],
+        ("", "slope"): [f"{round(value, 2) + 0:.2f}" for value in fits["slope"]],
         ("", "n"): fits["n"].astype(str),
     }
     return pd.DataFrame(columns).replace("nan", "–")
