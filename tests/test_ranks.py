@@ -108,11 +108,13 @@ def test_each_image_is_evaluated_once_on_three_ranks(config_file, tmp_path):
     words = [f"eval.id={tmp_path}/id", f"eval.ood={tmp_path}/ood", "features.part_size=2", "eval.class_names=folders"]
     words.append(f"eval.checkpoints={write_clipn(tmp_path / 'clipn.pt')}")
     run_evaluation(str(config_file), [*words, f"run.dir={tmp_path}/alone"])
-    methods = "eval.methods=[MSP,MaxLogit,Energy,MCM,CTW,ATD,PLP-MSP]"
-    run_ranks(3, run_evaluation, str(config_file), [*words, methods, f"eval.train={tmp_path}/id", "probe.epochs=1"])
+    learned = ["eval.methods=[MSP,MaxLogit,Energy,MCM,CTW,ATD,PLP-MSP,TagOOD]", f"eval.train={tmp_path}/id"]
+    learned += ["probe.epochs=1", "tagood.epochs=1", "tagood.width=8"]
+    run_ranks(3, run_evaluation, str(config_file), [*words, *learned])
     alone, together = (pd.read_csv(tmp_path / name / "results.csv") for name in ("alone", "run"))
-    pd.testing.assert_frame_equal(together[:-1], alone, rtol=1e-4)
-    assert len(files(tmp_path / "run/features/probes")) == 1, "one rank fits it, all read it"
+    pd.testing.assert_frame_equal(together[:-2], alone, rtol=1e-4)
+    for kind in ("probes", "tagood"):
+        assert len(files(tmp_path / "run/features" / kind)) == 1, "one rank fits it, all read it"
     assert "3.png" in (tmp_path / "run/results.md").read_text()
 
 
