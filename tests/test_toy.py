@@ -16,6 +16,7 @@ from conftest import replace_figures
 from helpers import write_images, write_tar
 from PIL import Image
 
+from clipn.config.loading import load_config
 from clipn.config.schema import WorldConfig
 from clipn.pipeline import run_training
 from clipn.toy import generate
@@ -248,13 +249,16 @@ def test_toy_vit_runs_and_measures_id_things_before_unknown_scenes_too(tmp_path,
     """Both commands of configs/toy_vit.yaml, made small."""
     monkeypatch.chdir(tmp_path)
     replace_figures(monkeypatch)
-    small = "world.num_pairs=32 world.images_per_class=7 train.batch_size=16 train.epochs=1 base.train.epochs=1"
-    words = [*small.split(), "data.workers=0", "run.device=cpu", f"data.index_dir={tmp_path}/index"]
-    sets = ["near", "near_shifted", "scenes_known", "scenes_unknown", "textures", "digits"]
+    small = "world.num_pairs=32 world.images_per_class=7 train.batch_size=16 train.epochs=1"
+    small = f"{small} base.train.batch_size=16 base.train.epochs=1 data.workers=0 run.device=cpu"
+    words = [*small.split(), f"data.index_dir={tmp_path}/index"]
+    ood = load_config("toy_vit").eval.ood
+    known = [scene.replace(" ", "_") for scene in KNOWN_SCENES]
+    assert ood["scenes_known"]["classes"] == ood["scenes_unknown"]["exclude"] == known
     for id_set in ("id", "id_shifted"):
         run_training("toy_vit", [*words, f"eval.id={{{id_set}: '${{world.root}}/{id_set}'}}"])
         results = pd.read_csv("runs/toy_vit/results.csv")
-        assert set(results["id_set"]) == {id_set} and list(results["ood_set"].unique()) == sets
+        assert set(results["id_set"]) == {id_set} and list(results["ood_set"].unique()) == list(ood)
         assert {"MCM", "GL-MCM", "kNN", "RMD", "PLP-Energy", "PLP-RMD", "CTW", "ATD"} <= set(results["method"])
     log = Path("runs/toy_vit/log").read_text()
     assert log.count("from step 0") == 1 and log.count("from step 2") == 1, "the second command trains nothing"
