@@ -119,10 +119,10 @@ def test_a_protocol_names_known_sets_in_their_folders(path):
     config = load_config(path, ["data.root=/data"])
     comments = path.read_text().split("\nrun:")[0]
     assert f"configs/{path.name}" in comments, "it opens with its command"
-    sets = {**config.eval.id, **config.eval.ood}
+    sets = {**config.eval.id, **config.eval.ood, **(config.eval.train or {})}
     if path.stem != "eval_own":
-        (prepared,) = [line for line in comments.splitlines() if "clipn prepare" in line]
-        assert {entry["known"] for entry in sets.values()} == set(prepared.split()[3:-2])
+        prepared = [line.split()[3:-2] for line in comments.splitlines() if "clipn prepare" in line]
+        assert sorted(entry["known"] for entry in sets.values()) == sorted(sum(prepared, []))
         assert all(entry["path"] == f"/data/{known_set(entry['known']).folder}" for entry in sets.values())
     with pytest.raises(FileNotFoundError, match="no such folder: /data"):
         open_image_sets(config.eval.id, "eval.id")
@@ -137,9 +137,19 @@ def test_the_protocols_are_those_of_the_papers():
         "eval_imagenet": ["imagenet", *mos],
         "eval_imagenet_hard": ["imagenet", "imagenet-o", "openimage-o", "ninco", "ssb-hard"],
         "eval_imagenet100": ["imagenet100", *mos],
+        "eval_imagenet_plp": ["imagenet", *mos, "imagenet-o", "ninco"],
         "eval_cifar10": ["cifar10", "cifar100", *small],
         "eval_cifar100": ["cifar100", "cifar10", *small],
     }
+
+
+def test_training_images_have_the_classes_of_the_id_set():
+    pairs = [(of.id, of.train) for of in (load_config(path).eval for path in PROTOCOLS) if of.train]
+    named = [[known_set(entry["known"]) for sets in pair for entry in sets.values()] for pair in pairs]
+    assert {train.title for _, train in named} == {
+        f"{of} training images" for of in ("CIFAR-10", "CIFAR-100", "ImageNet-1K")
+    }
+    assert all(within.classes == train.classes for within, train in named)
 
 
 def test_the_own_folders_of_the_example_work_as_described(tmp_path):

@@ -246,6 +246,16 @@ def test_imagenet_is_sorted_by_the_devkit(known, downloads, tmp_path, monkeypatc
     assert content(tmp_path / "imagenet" / "val") == SORTED
 
 
+def test_imagenet_training_images_are_unpacked_from_the_archive_of_each_class(known, downloads, tmp_path):
+    known("imagenet-train")
+    classes = {name: write_tar(tmp_path / name, {f"{name}_{n}.JPEG": IMAGE for n in (1, 2)}) for name in ("n1", "n2")}
+    members = {f"{name}.tar": path.read_bytes() for name, path in classes.items()}
+    write_tar(downloads / "ILSVRC2012_img_train.tar", members)
+    prepare("imagenet-train", tmp_path)
+    expected = ["n1/n1_1.JPEG", "n1/n1_2.JPEG", "n2/n2_1.JPEG", "n2/n2_2.JPEG"]
+    assert content(tmp_path / "imagenet" / "train") == expected
+
+
 def test_imagenet_100_needs_only_its_classes_after_a_mapping(known, tmp_path):
     known("imagenet100", images=2, classes=1, subset=("n01443537",))
     write_images(tmp_path / "imagenet" / "val", *FLAT)
@@ -287,21 +297,25 @@ def test_svhn_as_published(known, server, tmp_path, monkeypatch):
     assert values == {"0/00000.png": 0, "0/00003.png": 3, "3/00001.png": 1, "3/00002.png": 2}
 
 
-def test_cifar_as_published(known, server, tmp_path, monkeypatch):
-    known("cifar10")
+@pytest.mark.parametrize(
+    ("name", "file", "kind"), [("cifar10", "test_batch", "test"), ("cifar10-train", "one", "train")]
+)
+def test_cifar_as_published(known, server, tmp_path, monkeypatch, name, file, kind):
+    known(name)
     rows = np.tile(np.arange(3, dtype=np.uint8).repeat(1024), (4, 1))  # all red values, all green, all blue
     batch = {"data": rows, "labels": [1, 0, 1, 0]}
-    parts = {"test_batch": batch, "batches.meta": {"label_names": ["airplane", "cat"]}}
+    parts = {file: batch, "batches.meta": {"label_names": ["airplane", "cat"]}}
     members = {name: pickle.dumps(part) for name, part in parts.items()}
     sums = {name: md5(part) for name, part in members.items()}
     archive = write_tar(tmp_path / "x", {f"cifar-10-batches-py/{name}": part for name, part in members.items()})
     served = server.files["cifar-10-python.tar.gz"] = gzip.compress(archive.read_bytes())
     meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
-    published = {"url": server.url("cifar-10-python.tar.gz"), "tgz_md5": md5(served), "train_list": [], "meta": meta}
-    for key, value in (published | {"test_list": [["test_batch", sums["test_batch"]]]}).items():
+    published = {"url": server.url("cifar-10-python.tar.gz"), "tgz_md5": md5(served), "meta": meta}
+    lists = {"test_list": [], "train_list": []} | {f"{kind}_list": [[file, sums[file]]]}
+    for key, value in (published | lists).items():
         monkeypatch.setattr(datasets.CIFAR10, key, value)
-    prepare("cifar10", tmp_path)
-    made = tmp_path / "cifar10" / "test"
+    prepare(name, tmp_path)
+    made = tmp_path / "cifar10" / kind
     names = ["airplane/00001.png", "airplane/00003.png", "cat/00000.png", "cat/00002.png"]
     assert content(made) == names and all(Image.open(made / name).getpixel((9, 9)) == (0, 1, 2) for name in names)
 

@@ -405,7 +405,7 @@ def test_a_class_without_pseudo_labels_is_named(evaluated, caplog):
         ),
         ("PLP-MSP", ["eval.train={tmp_path}/empty"], "image set 'empty': no image in"),
         ("LP-MSP", ["eval.train={tmp_path}/two"], "LP-MSP needs class folders"),
-        ("1NN,PLP-MSP", ["eval.train={tmp_path}/two"], r"eval\.train: PLP-MSP needs 3 .* classes, but .*two holds 2"),
+        ("1NN,PLP-MSP", ["eval.train={tmp_path}/two"], r"eval\.train: PLP-MSP needs 3 .*as classes, but .*two holds 2"),
         ("1NN", ["eval.train={tmp_path}/none"], "no such folder"),
     ],
 )

@@ -32,6 +32,8 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 ARRAYS: dict[str, Callable[[Path], Any]] = {
     "cifar10": lambda folder: datasets.CIFAR10(folder, train=False, download=True),
     "cifar100": lambda folder: datasets.CIFAR100(folder, train=False, download=True),
+    "cifar10-train": lambda folder: datasets.CIFAR10(folder, train=True, download=True),
+    "cifar100-train": lambda folder: datasets.CIFAR100(folder, train=True, download=True),
     "svhn": lambda folder: datasets.SVHN(folder, split="test", download=True),
 }
 
@@ -179,6 +181,10 @@ def _create(name: str, known: KnownSet, root: Path, downloads: Path) -> None:
     try:
         if known.archive:
             unpack(_fetch(known, downloads), staging)
+            inner = sorted(staging.glob("*.tar"))  # of ImageNet's training images, an archive for each class
+            for archive in tqdm(inner, desc=name, unit="class", disable=None if inner else True):
+                unpack(archive, staging / archive.stem)
+                archive.unlink()
         else:
             try:
                 write_class_folders(ARRAYS[name](downloads), staging)

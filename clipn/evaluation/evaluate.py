@@ -247,7 +247,7 @@ def open_sets(settings: EvalConfig, train: bool = False) -> Sets:
     least = max(2, len(id_set.classes))
     for method in methods_that_need("probe", settings.methods):
         if train_set and len(train_set) < least:
-            counts = f"{least} training images or more for {len(id_set.classes)} classes"
+            counts = f"{least} training images or more, as many as classes"
             raise ValueError(f"eval.train: {method} needs {counts}, but {train_set.root} holds {len(train_set)}")
     return Sets(id_set, ood_sets, train_set)
 
