@@ -38,7 +38,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {  # of several subcommands
     "--classes": {"metavar": "FILE|NAMES", "help": "a file with one name per line, or cat,dog,...; or imagenet"},
     "--model-name": {"metavar": "NAME", "help": "open_clip name, for a checkpoint without one"},
     "--base": {"metavar": "CLIP", "help": "a tag or file, for a checkpoint that holds the no tower alone"},
-    "--templates": {"default": "simple", "metavar": "SET", "help": _TEMPLATES},
+    "--templates": {"metavar": "SET", "help": _TEMPLATES},
 }
 _RAW = argparse.RawDescriptionHelpFormatter
 
@@ -113,9 +113,14 @@ examples:
     parser = _add(commands, "predict", _predict, about, example)
     parser.add_argument("images", nargs="+", metavar="FOLDER", help="a folder with all its subfolders, or an image")
     _add_detector_options(parser, required=True)
-    parser.add_argument("--calibrate", metavar="DIR", help="images of the classes, from which a threshold is set")
+    fit_help = "images of the classes, in class folders or not, that --method kNN, PLP-RMD, ... learns from"
+    parser.add_argument("--fit", metavar="DIR", help=fit_help)
+    calibrate_help = "images of the classes that set a threshold (default: every tenth of --fit, held out)"
+    parser.add_argument("--calibrate", metavar="DIR", help=calibrate_help)
     keep_help = "of these, to stay at or above the threshold (default: 0.95)"
     parser.add_argument("--keep", type=float, metavar="SHARE", help=keep_help)
+    save_help = "save the fitted and calibrated detector; then --checkpoint DIR needs neither --classes nor images"
+    parser.add_argument("--save", metavar="DIR", help=save_help)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
     csv_help = "write one row per image; of older rows, only those of moved images stay"
     parser.add_argument("--csv", dest="csv_file", metavar="FILE", help=csv_help)
@@ -133,28 +138,29 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _add_detector_options(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--classes", required=required, **_OPTIONS["--classes"])
+    parser.add_argument("--classes", **_OPTIONS["--classes"])
     parser.add_argument("--checkpoint", required=required, metavar="C", help=_MODEL)
     for name in ("--model-name", "--base", "--templates"):
         parser.add_argument(name, **_OPTIONS[name])
-    parser.add_argument("--method", default="ATD", metavar="SCORE", help="the score: ATD (default), CTW, MCM, ...")
+    parser.add_argument("--method", metavar="SCORE", help="the score: ATD (default), CTW, MCM, ...")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
 
 
-def _predict(images: list[str], keep: float | None, calibrate: str | None, **options: Any) -> None:
+def _predict(images: list[str], keep: float | None, classes: str | None, **options: Any) -> None:
     from PIL import Image
 
     from clipn.data.prompts import class_names_of
     from clipn.deploy.detector import Detector
-    from clipn.deploy.folders import predict_folders
+    from clipn.deploy.folders import Training, predict_folders
 
-    if keep is not None and not calibrate:
-        raise ValueError(f"--keep={keep}: sets how strict --calibrate is; --calibrate is missing")
-    calibration = (calibrate, 0.95 if keep is None else keep) if calibrate else None
+    folders = {name: options.pop(name) for name in ("fit", "calibrate", "save")}
+    if keep is not None and not folders["calibrate"] and not folders["fit"]:
+        raise ValueError(f"--keep={keep}: sets how strict --calibrate or --fit is; both are missing")
+    training = Training(**folders, keep=0.95 if keep is None else keep)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an image that is too large is an error row
     writing = {name: options.pop(name) for name in ("csv_file", "ood_folder", "batch_size")}
-    detector = Detector.from_pretrained(options.pop("checkpoint"), class_names_of(options.pop("classes")), **options)
-    predict_folders(detector, images, calibration=calibration, **writing)
+    detector = Detector.from_pretrained(options.pop("checkpoint"), classes and class_names_of(classes), **options)
+    predict_folders(detector, images, training=training, **writing)
 
 
 def _demo(classes: str | None, **options: Any) -> None:

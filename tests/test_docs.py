@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import clipn
 from clipn.pipeline import run_training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,18 @@ def test_own_classes(run, capsys):
     rows = Path("predictions.csv").read_text().splitlines()
     assert rows[0] == "file,label,is_ood,score,p_yes,p_no,error" and len(rows) == 1 + 2 * 4
     assert "show none of the classes" in capsys.readouterr().out
+
+
+def test_unlabelled_images(run):
+    program = run(blocks("docs/unlabelled_images.md"))
+    assert program["again"].predict(program["images"]) and Path("keys/detector.json").is_file()
+    assert Path("runs/compare_learning/report.html").is_file()
+    fitted = program["adapter"].detector
+    id_scores, ood_scores = (
+        [result.score for result in fitted.predict(program[name])] for name in ("id_images", "scenes")
+    )
+    ours, theirs = clipn.metrics.ood_metrics(id_scores, ood_scores), program["metrics"].compute()
+    assert float(theirs["AUROC"]) == pytest.approx(ours["AUROC"], abs=1e-4)
 
 
 def test_own_pairs(run):

@@ -15,6 +15,7 @@ from clipn.config.loading import load_config
 from clipn.data.image_sets import ImageSet, open_image_sets
 from clipn.data.prompts import load_class_names
 from clipn.deploy.detector import Detector
+from clipn.deploy.saved import read_settings
 from clipn.model.checkpoint import checkpoint_folder, last_checkpoint
 from clipn.model.weights import find_weights
 from clipn.runtime.signals import stop_if_asked
@@ -61,7 +62,8 @@ def run_demo(
             how = "train it with `clipn train` or `sh run.sh` (about three minutes), or name another: `--checkpoint C`"
             raise FileNotFoundError(f"{checkpoint}: no built-in run in this folder; {how}")
     run_names, image_sets, world = _read_run(checkpoint)
-    class_names = run_names if class_names is None else class_names
+    if class_names is None:
+        class_names = (read_settings(checkpoint) or {"class_names": run_names})["class_names"]
     detector = Detector.from_pretrained(checkpoint, class_names or ["anything"], **detector_options)  # at least one
     examples = {_TITLES.get(s.name, s.name): s.paths[:: -(-len(s) // _EXAMPLES)] for s in image_sets}
     with _upload_folder():

@@ -22,6 +22,9 @@ def verdict(result: Result) -> tuple[str, str]:
         wins = "“no” wins over “yes”" if result.says_ood else "“yes” wins over “no”"
         larger, smaller = sorted((result.p_yes, result.p_no), reverse=True)
         return title, f"For the likeliest class, {result.label}, {wins}: {larger:.1%} to {smaller:.1%}."
+    if result.method != "ATD":
+        side = "below" if result.says_ood else "at or above"
+        return title, f"{result.method} is {result.score:.4g}, {side} the threshold that was set on known images."
     best = max(result.top(len(result.class_names)), key=lambda entry: entry.probability * entry.p_yes)
     kept, unknown = f"{best.probability * best.p_yes:.1%}", f"{UNKNOWN} has {1 - result.scores['ATD']:.1%}"
     product = f"{best.probability:.1%} × yes {best.p_yes:.1%}"

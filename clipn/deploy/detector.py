@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clipn.data.images import AnyImage, Transform, is_one_image, to_image, val_transform
+from clipn.config.schema import ProbeConfig
+from clipn.data.images import AnyImage, Transform, is_one_image, val_transform
 from clipn.data.prompts import check_class_names, load_templates
-from clipn.deploy.batches import map_batches
 from clipn.deploy.class_weights import ClassWeights
+from clipn.deploy.pixels import PixelReader
 from clipn.deploy.result import Result
+from clipn.deploy.saved import read_settings, read_training, write_detector
+from clipn.deploy.state import State, check_method, learned, make_state
+from clipn.deploy.training_images import encode_training
+from clipn.methods.registry import MethodInputs
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head
 from clipn.model.weights import open_model
@@ -27,23 +31,15 @@ from clipn.scores import DECISIONS, SCORES
 
 log = logging.getLogger(__name__)
 
+_DEFAULTS = {"class_names": None, "templates": "simple", "method": "ATD", "scale": 100.0}
 _ROUNDING = 1e-4  # relative difference of a score between batch sizes
-
-
-class _State(NamedTuple):
-    """All that a prediction reads at once, so that another thread may change the classes meanwhile."""
-
-    method: str
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...]
-    head: Head
-    threshold: float | None = None
 
 
 class Detector:
     """Classifies images as one of `class_names` or as none of them.
 
-    CTW and ATD decide without calibration (CLIPN, section 3.4). Any thread may predict at any time.
+    CTW and ATD decide without calibration (CLIPN, section 3.4). Methods such as kNN and PLP-Energy learn from ID images
+    first, see `fit`. Any thread may predict at any time.
     """
 
     def __init__(
@@ -57,39 +53,53 @@ class Detector:
         """model: on its device; it is set to evaluation mode. The rest is as in `from_pretrained`."""
         self.model, self.scale = model.eval(), scale
         self.preprocess: Transform = val_transform(model.preprocess)
-        self._class_weights = ClassWeights(model)
+        self._class_weights, self._reader = ClassWeights(model), PixelReader(model.preprocess, self.preprocess)
         self._lock = threading.Lock()  # held while `_state` is replaced
-        self._state = self._new_state(method, class_names, templates)
+        self._state = self._new_state(method, class_names, templates, {})
 
     @classmethod
     def from_pretrained(
         cls,
         checkpoint: str | Path,
-        class_names: Sequence[str],
+        class_names: Sequence[str] | None = None,
         model_name: str | None = None,
         templates: str | Sequence[str] | None = None,
-        method: str = "ATD",
+        method: str | None = None,
         device: str | torch.device = "auto",
-        scale: float = 100.0,
+        scale: float | None = None,
         base: str | Path | None = None,
     ) -> Detector:
         """Load weights and encode the class names.
 
-        checkpoint: a file, a run folder, a folder of `clipn export share`, "hf://user/repo", or an open_clip tag.
+        checkpoint: a file, a run folder, a folder of `clipn export share`, "hf://user/repo", or an open_clip tag. Or a
+            folder of `save`, which has all that is not given here; with other settings it has no threshold.
         model_name: an open_clip name or a JSON model config, for a checkpoint without its architecture.
         templates: texts with "{}", a file of them, clipn-release (the 128 of the paper), openai or simple (7, default).
-        method: one of clipn.scores.SCORES.
+        method: ATD (default), or any other of `eval.methods` but those that need a word list.
         device: auto (a GPU if there is one), cpu, cuda, cuda:N or mps.
-        scale: factor of the cosines; the paper's code uses 100.
+        scale: factor of the cosines; the paper's code uses 100 (default).
         base: the frozen CLIP of a shared file, which holds the no tower alone; default: the one that the file names.
 
         Raises ValueError or FileNotFoundError, in one line, for what does not exist or does not fit.
         """
-        check_class_names(class_names)  # before the weights are loaded
-        _check(method, scale)
-        templates = load_templates("simple" if templates is None else templates, "templates")
+        saved = read_settings(checkpoint)
+        given = {"class_names": class_names, "templates": templates, "method": method, "scale": scale}
+        settings = (saved or _DEFAULTS) | {name: value for name, value in given.items() if value is not None}
+        if settings["class_names"] is None:
+            raise ValueError(f"class_names: expected a list of names, since {checkpoint} is no saved detector")
+        settings["class_names"] = check_class_names(settings["class_names"])  # before the weights are loaded
+        check_method(settings["method"], settings["scale"])
+        settings["templates"] = load_templates(settings["templates"], "templates")
         model = open_model(checkpoint, model_name, base, choose_device(str(device)))
-        return cls(model, class_names, templates, method, scale)
+        detector = cls(model, **{name: settings[name] for name in given})
+        if saved:
+            training = read_training(checkpoint, saved, model)
+            if settings["class_names"] != saved["class_names"]:
+                training |= {"labels": None}  # they number the saved classes
+            state = detector._new_state(settings["method"], detector.class_names, detector.templates, training)
+            same = all(settings[name] == saved[name] for name in given)
+            detector._state = state._replace(threshold=saved["threshold"] if same else None)
+        return detector
 
     @property
     def method(self) -> str:
@@ -97,7 +107,7 @@ class Detector:
 
     @property
     def class_names(self) -> list[str]:
-        return list(self._state.class_names)
+        return list(self._state.inputs.class_names)
 
     @property
     def templates(self) -> list[str]:
@@ -105,7 +115,7 @@ class Detector:
 
     @property
     def head(self) -> Head:
-        return self._state.head
+        return self._state.inputs.head
 
     @property
     def threshold(self) -> float | None:
@@ -119,11 +129,12 @@ class Detector:
     def set_classes(self, class_names: Sequence[str], templates: str | Sequence[str] | None = None) -> None:
         """Replace the classes and remove the threshold. Names that were encoded before are not encoded again.
 
+        Methods learn again from the images of `fit`; labels that number other class names are dropped.
         templates: as in `from_pretrained`; None keeps them. Raises ValueError for no names or an empty one.
         """
-        state = self._new_state(self.method, class_names, self.templates if templates is None else templates)
+        other = self.with_classes(class_names, templates)
         with self._lock:
-            self._state = state
+            self._state = other._state
 
     def with_classes(
         self, class_names: Sequence[str], templates: str | Sequence[str] | None = None, method: str | None = None
@@ -132,11 +143,56 @@ class Detector:
 
         Raises ValueError for an unknown method, no names or an empty one.
         """
-        other = copy.copy(self)
+        other, state = copy.copy(self), self._state
         other._lock = threading.Lock()
-        templates = self.templates if templates is None else templates
-        other._state = self._new_state(method or self.method, class_names, templates)
+        templates = state.templates if templates is None else load_templates(templates, "templates")
+        training = learned(state, class_names, templates)
+        other._state = self._new_state(method or state.method, class_names, templates, training)
         return other
+
+    def fit(
+        self,
+        id_images: AnyImage | Iterable[AnyImage],
+        labels: Sequence[int | str] | None = None,
+        batch_size: int = 32,
+        on_error: str = "raise",
+        probe: ProbeConfig | None = None,
+    ) -> Detector:
+        """Learn from in-distribution images what the method needs, remove the threshold, and return the detector.
+
+        Their features are kept, so that `with_classes` gives a detector of another method without reading them again.
+        Calibrate with other images than these: a method scores the images that it learned from too high.
+
+        id_images: as in `predict`; they are read one batch ahead. labels: the class of each image, a name or a number;
+            only some methods need them. on_error: "skip" leaves unreadable images out, with a warning.
+        probe: the training of PLP-* and LP-*.
+
+        Raises ValueError for no images, another number of labels, and images or labels that the method cannot use.
+        """
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r}: expected raise or skip")
+        state, images = self._state, [id_images] if is_one_image(id_images) else id_images
+        names = state.inputs.class_names
+        training = encode_training(self.model, self._reader.batches(images, batch_size), labels, names, on_error)
+        training |= {"probe": probe or state.inputs.probe}
+        fitted = self._new_state(state.method, names, state.templates, training)
+        if fitted.lacks:
+            raise ValueError(f"fit: {fitted.lacks}")
+        with self._lock:
+            if self._state is not state:
+                raise ValueError("fit: classes or threshold were changed meanwhile; fit again")
+            self._state = fitted
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write weights, classes, templates, method, threshold and what was fitted to a folder for `from_pretrained`.
+
+        Raises ValueError for a folder that holds something else, OSError for a full disk.
+        """
+        state = self._state
+        settings = {"class_names": list(state.inputs.class_names), "templates": list(state.templates)}
+        settings |= {"method": state.method, "scale": float(self.scale), "threshold": state.threshold}
+        write_detector(folder, state.inputs, settings)
 
     def predict(
         self, images: AnyImage | Iterable[AnyImage], batch_size: int = 32, on_error: str = "raise"
@@ -154,19 +210,33 @@ class Detector:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: expected a whole number, 1 or more")
         if is_one_image(images):
-            return next(self._results([images], self._state, 1, on_error))
-        results = self._results(images, self._state, batch_size, on_error)
+            return next(self._results([images], self._ready(), 1, on_error))
+        results = self._results(images, self._ready(), batch_size, on_error)
         return list(results) if isinstance(images, Sized) else results
 
-    def calibrate(self, id_images: AnyImage | Iterable[AnyImage], keep: float = 0.95, batch_size: int = 32) -> float:
+    def calibrate(
+        self,
+        id_images: AnyImage | Iterable[AnyImage],
+        keep: float = 0.95,
+        batch_size: int = 32,
+        on_error: str = "raise",
+    ) -> float:
         """Set and return the threshold that a share `keep` of in-distribution images reaches.
 
+        on_error: "raise", or "skip" to leave unreadable images out, with a warning.
         Raises ValueError for no images, a share outside of (0, 1], or classes that another thread changes meanwhile.
         """
         if not 0 < keep <= 1:
             raise ValueError(f"keep={keep}: expected a share above 0, up to 1")
-        state, images = self._state, [id_images] if is_one_image(id_images) else id_images
-        scores = [result.score for result in self._results(images, state, batch_size, "raise")]
+        state, images = self._ready(), [id_images] if is_one_image(id_images) else id_images
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r}: expected raise or skip")
+        scores = []
+        for result in self._results(images, state, batch_size, "return" if on_error == "skip" else "raise"):
+            if isinstance(result, Exception):
+                log.warning("left out: %s", result)
+            else:
+                scores.append(result.score)
         if not scores:
             raise ValueError("calibrate: expected at least one in-distribution image, got none")
         threshold = float(np.quantile(scores, 1 - keep, method="lower"))  # at least `keep` of them reach it
@@ -177,10 +247,17 @@ class Detector:
             self._state = state._replace(threshold=threshold)
         return threshold
 
+    def _ready(self) -> State:
+        """The state. Raises ValueError for a method that has not learned what it needs."""
+        state = self._state
+        if state.lacks:
+            raise ValueError(state.lacks)
+        return state
+
     def _results(
-        self, images: Iterable[AnyImage], state: _State, batch_size: int, on_error: str
+        self, images: Iterable[AnyImage], state: State, batch_size: int, on_error: str
     ) -> Iterator[Result | Exception]:
-        for batch in map_batches(self._to_tensor, enumerate(images), batch_size):
+        for batch in self._reader.batches(images, batch_size):
             tensors = [item for item in batch if isinstance(item, Tensor)]
             results = iter(self._classify(torch.stack(tensors), state) if tensors else [])
             for item in batch:
@@ -188,12 +265,19 @@ class Detector:
                     raise item
                 yield item if isinstance(item, Exception) else next(results)
 
-    def _classify(self, pixels: Tensor, state: _State) -> list[Result]:
+    def _classify(self, pixels: Tensor, state: State) -> list[Result]:
         """[B, 3, H, W] preprocessed -> B results."""
         with torch.inference_mode():
-            features = self.model.encode_image(pixels.to(self.device))
-            logits = state.head(features, self.scale)
-            scores = {name: score(*logits, self.scale).tolist() for name, score in SCORES.items()}
+            pixels = pixels.to(self.device)
+            if state.scorer and state.scorer.needs_tower:
+                features, tower = self.model.encode_image_with_tower(pixels)
+            else:
+                features, tower = self.model.encode_image(pixels), None
+            logits = state.inputs.head(features, self.scale)
+            scores, own_logits = {name: score(*logits, self.scale) for name, score in SCORES.items()}, None
+            if state.scorer:
+                scores[state.method], own_logits = state.scorer(pixels, features, tower)
+            scores = {name: values.tolist() for name, values in scores.items()}
             if state.threshold is not None:
                 says_ood = [score < state.threshold for score in scores[state.method]]
             elif state.method in DECISIONS:
@@ -201,48 +285,21 @@ class Detector:
             else:
                 says_ood = [None] * len(pixels)
             yes, no = (values.cpu() for values in logits)
+            own_logits = own_logits if own_logits is None else own_logits.float().cpu()
         results = []
         for n, ood in enumerate(says_ood):
             own_scores = {name: values[n] for name, values in scores.items()}
-            own_logits = yes[n].clone(), no[n].clone()  # a clone does not keep the batch
-            results.append(Result(state.method, own_scores, ood, *own_logits, state.class_names))
+            parts = yes[n].clone(), no[n].clone(), state.inputs.class_names  # a clone does not keep the batch
+            probe_logits = None if own_logits is None else own_logits[n].clone()
+            results.append(Result(state.method, own_scores, ood, *parts, probe_logits))
         return results
 
-    def _to_tensor(self, numbered: tuple[int, AnyImage]) -> Tensor | Exception:
-        """One image preprocessed, [3, H, W], or its error."""
-        number, source = numbered
-        try:
-            image = to_image(source)
-            return self._check_preprocessed(image) if isinstance(image, Tensor) else self.preprocess(image)
-        except (ValueError, OSError, MemoryError, OverflowError) as error:
-            names_path = isinstance(error, (ValueError, OSError)) and isinstance(source, (str, Path))
-            return error if names_path else ValueError(f"image {number}: {error or type(error).__name__}")
-
-    def _check_preprocessed(self, pixels: Tensor) -> Tensor:
-        size, advice = self.model.preprocess["size"], "give pixels as uint8, or detector.preprocess(image)"
-        shape, expected = list(pixels.shape), [3, size, size] if isinstance(size, int) else [3, *size]
-        if not pixels.is_floating_point() or shape != expected:
-            raise ValueError(f"{pixels.dtype} tensor of shape {shape}: expected {expected} floats; {advice}")
-        if not pixels.isfinite().all():
-            raise ValueError(f"float tensor with values that are not finite; {advice}")
-        pixels = pixels.float().cpu()
-        mean, std = (torch.tensor(self.model.preprocess[key])[:, None, None] for key in ("mean", "std"))
-        largest, unprocessed = float(pixels.max()), "a float tensor of values %s is used as already normalised; %s"
-        if (pixels * std + mean).max() > 2:  # at most 1 if they are normalised
-            log.warning(unprocessed, f"up to {largest:g}", advice)
-        elif mean.any() and pixels.min() >= 0 and largest <= 1:
-            log.warning(unprocessed, "in 0..1", advice)
-        return pixels
-
-    def _new_state(self, method: str, class_names: Sequence[str], templates: str | Sequence[str] | None) -> _State:
-        _check(method, self.scale)
+    def _new_state(
+        self, method: str, class_names: Sequence[str], templates: str | Sequence[str] | None, training: dict[str, Any]
+    ) -> State:
+        """training: the fields of MethodInputs that were learned from ID images."""
+        check_method(method, self.scale)
         templates = tuple(load_templates("simple" if templates is None else templates, "templates"))
         names = tuple(check_class_names(class_names))
-        return _State(method, names, templates, self._class_weights.head(names, templates))
-
-
-def _check(method: str, scale: float) -> None:
-    if method not in SCORES:
-        raise ValueError(f"method={method!r}: expected one of {', '.join(SCORES)}")
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale={scale}: expected a positive number")
+        inputs = MethodInputs(self.model, self._class_weights.head(names, templates), names, self.scale, **training)
+        return make_state(method, templates, inputs)

@@ -7,20 +7,24 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from clipn.data.image_sets import find_images
+from clipn.data.image_sets import find_images, open_image_set
 from clipn.data.images import IMAGE_SUFFIXES
 from clipn.deploy.detector import Detector
 from clipn.deploy.result import Result
+from clipn.deploy.state import DETECTOR_METHODS
+from clipn.methods.registry import METHODS
 from clipn.runtime.console import FAILED, printable
 from clipn.runtime.files import atomic_write
-from clipn.scores import DECISIONS
+from clipn.scores import DECISIONS, SCORES
 
+_HELD_OUT = 10  # every tenth image of --fit sets the threshold
 _TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # a file name may be bytes that are no text
 
 
@@ -36,19 +40,29 @@ class Row(NamedTuple):
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Training:
+    """Folders of in-distribution images, and what a detector does with them before it classifies others."""
+
+    fit: str | Path | None = None  # images that the method learns from, in class folders if it needs labels
+    calibrate: str | Path | None = None  # images that set the threshold; None: every tenth of `fit`, held out
+    keep: float = 0.95  # the share of them that reaches the threshold
+    save: str | Path | None = None  # where the detector is saved
+
+
 def predict_folders(
     detector: Detector,
     sources: Sequence[str | Path],
     csv_file: str | Path | None = None,
     ood_folder: str | Path | None = None,
-    calibration: tuple[str | Path, float] | None = None,
+    training: Training | None = None,
     batch_size: int = 32,
 ) -> None:
     """Classify every image of these folders and files; print one line per image, or write one row to `csv_file`.
 
     csv_file: its rows are replaced, except for those of images that an earlier run moved. Each row is written at once.
     ood_folder: OOD images are moved there, under their path within the source folder. Nothing is overwritten.
-    calibration: a folder of in-distribution images, and the share of them that reaches the threshold.
+    training: the in-distribution images that the detector learns from first.
 
     Raises FileNotFoundError or ValueError for a source that does not exist, if no image can be read, and for targets
     that hold something else. KeyboardInterrupt is passed on.
@@ -56,10 +70,9 @@ def predict_folders(
     csv_file, ood_folder = csv_file and Path(csv_file), ood_folder and Path(ood_folder)
     sources = _outermost(sources)
     _check_targets(sources, csv_file, ood_folder)
-    if calibration:
-        folder, keep = calibration
-        detector.calibrate([path for _, path in _images([Path(folder)])], keep, batch_size)
-    elif detector.method not in DECISIONS:
+    if training:
+        _train(detector, training, batch_size)
+    if detector.method not in DECISIONS and detector.threshold is None:
         choices = " or ".join(DECISIONS)
         raise ValueError(f"method {detector.method} decides only by a threshold: calibrate it, or choose {choices}")
     total = sum(1 for _ in _images(sources, ood_folder))
@@ -90,6 +103,31 @@ def predict_folders(
     if counts["unreadable"] == total:
         raise ValueError(f"none of the {total} images can be read; the last: {row.error}")
     print(f"done: {_summary(counts, csv_file)}", file=sys.stderr)
+
+
+def _train(detector: Detector, training: Training, batch_size: int) -> None:
+    """Fit, calibrate and save the detector. Raises ValueError for images that it cannot learn from."""
+    calibration: list[Path] = []
+    if training.calibrate:
+        calibration = [path for _, path in _images([Path(training.calibrate)])]
+    if training.fit:
+        if detector.method in SCORES:
+            learning = ", ".join(name for name in DETECTOR_METHODS if name in METHODS and METHODS[name].needs)
+            raise ValueError(f"fit {training.fit}: method {detector.method} does not learn; these do: {learning}")
+        images = open_image_set("fit", training.fit)
+        names = [folder.replace("_", " ") for folder in images.classes]
+        labelled = bool(names) and set(names) <= set(detector.class_names)
+        labels = [names[label] for label in images.labels] if labelled else None
+        held_out = [] if calibration else range(0, len(images), _HELD_OUT)
+        calibration = calibration or [images.paths[number] for number in held_out]
+        kept = sorted(set(range(len(images))) - set(held_out))
+        labels = None if labels is None else [labels[number] for number in kept]
+        detector.fit([images.paths[number] for number in kept], labels, batch_size, on_error="skip")
+    if training.fit or training.calibrate:
+        detector.calibrate(calibration, training.keep, batch_size, on_error="skip" if training.fit else "raise")
+    if training.save:
+        detector.save(training.save)
+        print(f"saved: {training.save}, which --checkpoint reads", file=sys.stderr)
 
 
 def _outermost(sources: Sequence[str | Path]) -> list[Path]:

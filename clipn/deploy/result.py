@@ -23,16 +23,22 @@ class Result:
     """The prediction for one image. A higher score always means in-distribution."""
 
     method: str
-    scores: dict[str, float]  # by method, for every method of clipn.scores.SCORES
+    scores: dict[str, float]  # by method: the detector's, and every method of clipn.scores.SCORES
     says_ood: bool | None  # None: the method needs a threshold and none is set
     logits_yes: Tensor = field(repr=False)  # [C], on the CPU
     logits_no: Tensor = field(repr=False)  # [C]
     class_names: Sequence[str] = field(repr=False)
+    probe_logits: Tensor | None = field(default=None, repr=False)  # [C] of the method's own classifier, if it has one
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits [C] of the method's classifier: a probe, or CLIP."""
+        return self.logits_yes if self.probe_logits is None else self.probe_logits
 
     @property
     def label(self) -> str:
         """The most likely class, also for an OOD image."""
-        return self.class_names[int(self.logits_yes.argmax())]
+        return self.class_names[int(self.logits.argmax())]
 
     @property
     def score(self) -> float:
@@ -42,7 +48,7 @@ class Result:
     @property
     def p_yes(self) -> float:
         """The probability that the image shows `label` rather than "no" such class."""
-        return self.scores["CTW"]
+        return float(p_yes(self.logits_yes, self.logits_no)[self.logits.argmax()])
 
     @property
     def p_no(self) -> float:
@@ -60,8 +66,8 @@ class Result:
         """The k most likely classes, or all if there are fewer, most likely first. Raises ValueError for k < 1."""
         if k < 1:
             raise ValueError(f"top({k}): expected 1 or more")
-        order = self.logits_yes.argsort(descending=True, stable=True)[:k]
-        probabilities, yes = self.logits_yes.softmax(dim=0)[order], p_yes(self.logits_yes, self.logits_no)[order]
+        order = self.logits.argsort(descending=True, stable=True)[:k]
+        probabilities, yes = self.logits.softmax(dim=0)[order], p_yes(self.logits_yes, self.logits_no)[order]
         numbers = zip(order.tolist(), probabilities.tolist(), yes.tolist(), strict=True)
         return [ClassScore(self.class_names[c], probability, p, 1 - p) for c, probability, p in numbers]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipn.deploy.model_card import model_card, run_facts
-from clipn.model.checkpoint import base_weights, no_weights, read_checkpoint, write_checkpoint, write_shared
+from clipn.model.checkpoint import base_weights, no_weights, read_checkpoint, write_checkpoint, write_safetensors
 from clipn.model.hashing import base_hash, weights_hash
 from clipn.model.weights import WEIGHTS, find_weights, open_model
 from clipn.runtime.files import atomic_write
@@ -61,7 +61,7 @@ def share_weights(source: str | Path, folder: str | Path, options: ShareOptions 
         "data": options.data,
     }
     facts |= run_facts(content, file, weights_hash(model))
-    write_shared(shared, facts, folder / WEIGHTS)
+    write_safetensors(shared, facts, folder / WEIGHTS)
     with atomic_write(folder / _CARD) as card:
         card.write(model_card(facts, options.repo).encode())
     return facts

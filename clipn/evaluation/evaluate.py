@@ -18,7 +18,6 @@ from clipn.evaluation.results import RESULT_COLUMNS, Evaluation, SetScores, deci
 from clipn.features.image_sets import image_set_features
 from clipn.methods.from_images import constants
 from clipn.methods.registry import (
-    ClassifierScores,
     MethodInputs,
     Score,
     check_methods,
@@ -26,6 +25,7 @@ from clipn.methods.registry import (
     methods_that_need,
     methods_that_take,
 )
+from clipn.methods.scoring import ClassifierScores
 from clipn.methods.taggers import check_tagger
 from clipn.methods.tokens import tag_scores, training_tokens
 from clipn.model.base import get_tokenizer

@@ -4,11 +4,13 @@ Each takes a model, a head, normalised images [B, 3, H, W] on the model's device
 returns [B].
 """
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head
@@ -80,7 +82,13 @@ def local_features(model: CLIPN, images: Tensor) -> tuple[Tensor, Tensor]:
         found = f"{type(tower).__name__}{' of other blocks or pooling' * hasattr(tower, 'transformer')}"
         needed = "a base with patch features, open_clip's standard ViT or CLIP's ResNet"
         raise ValueError(f"GL-MCM and tagood.tagger=clip need {needed}; this base has {found}")
-    hook = last.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    own = threading.get_ident()  # other threads may use the model at the same time
+
+    def keep_input(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == own:
+            inputs.append(arguments[0])
+
+    hook = last.register_forward_pre_hook(keep_input)
     try:
         features = model.encode_image(images)
     finally:

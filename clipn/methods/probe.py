@@ -128,10 +128,17 @@ def fit_probe(
     return Probe(weight, bias, mean, std)
 
 
-def stored_probe(folder: str | Path, tower: Rows, labels: Tensor, num_classes: int, settings: ProbeConfig) -> Probe:
+def stored_probe(
+    folder: str | Path,
+    tower: Rows,
+    labels: Tensor,
+    num_classes: int,
+    settings: ProbeConfig,
+    probe: Probe | None = None,
+) -> Probe:
     """The probe in a folder that was fitted to the same data with the same settings; fits and writes it if missing.
 
-    Rank 0 fits. Raises ValueError as `fit_probe` does, and for a damaged file.
+    probe: what was fitted to them already. Rank 0 fits. Raises ValueError as `fit_probe` does, and for a damaged file.
     """
     _check(tower, labels, num_classes)
     chosen = {"shots": None, "keep": None}  # their effect is in the outputs and labels
@@ -141,7 +148,7 @@ def stored_probe(folder: str | Path, tower: Rows, labels: Tensor, num_classes: i
         digest.update(tensor_hash(tower[start : start + _ROWS]).encode())
     path = Path(folder) / f"{digest.hexdigest()[:16]}.safetensors"
     if is_main() and not path.is_file():
-        probe = fit_probe(tower, labels, num_classes, settings)
+        probe = probe or fit_probe(tower, labels, num_classes, settings)
         with atomic_write(path) as file:
             file.write(save({name: value.cpu().contiguous() for name, value in vars(probe).items()}))
     barrier()

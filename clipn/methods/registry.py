@@ -4,14 +4,12 @@ To add a method: put a function of logits into SCORES, anything else into METHOD
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -292,26 +290,8 @@ def make_methods(takes: str, methods: Sequence[str], inputs: MethodInputs) -> di
     return {name: METHODS[name].make(inputs) for name in methods_that_take(takes, methods)}
 
 
-class ClassifierScores:
-    """The methods that score the outputs of CLASSIFIERS or of the image tower, made once for all image sets."""
-
-    def __init__(self, methods: Sequence[str], inputs: MethodInputs) -> None:
-        self.device = inputs.head.weight_yes.device
-        self.methods = {takes: make_methods(takes, methods, inputs) for takes in ("tower", *CLASSIFIERS)}
-        self.classifiers = {name: make(inputs) for name, make in CLASSIFIERS.items() if self.methods[name]}
-
-    @torch.no_grad()
-    def __call__(self, features: Tensor, tower: Rows | None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Features [N, D] and tower outputs [N, W] -> scores [N], and predicted classes [N], by method."""
-        scores, predicted = defaultdict(list), defaultdict(list)
-        for start in range(0, len(features), _ROWS):
-            block = features[start : start + _ROWS].to(self.device)
-            outputs = None if tower is None else tower[start : start + _ROWS].to(self.device)
-            for name, score in self.methods["tower"].items():
-                scores[name].append(score(outputs, block))
-            for classifier, classify in self.classifiers.items():
-                logits = classify(block, outputs)
-                for name, score in self.methods[classifier].items():
-                    scores[name].append(score(logits, block))
-                    predicted[name].append(logits.argmax(dim=1))
-        return tuple({name: torch.cat(parts).cpu().numpy() for name, parts in of.items()} for of in (scores, predicted))
+def save_probes(inputs: MethodInputs, folder: str | Path) -> None:
+    """Write the probes that these inputs have been fitted to, for `MethodInputs.probe_folder`."""
+    for fitted in inputs.results.values():
+        if isinstance(fitted, _Fitted):
+            stored_probe(folder, fitted.tower, fitted.labels, inputs.classes, inputs.probe, fitted.probe)

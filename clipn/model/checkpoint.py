@@ -124,11 +124,11 @@ def write_checkpoint(content: dict[str, Any], path: str | Path) -> None:
         raise OSError(f"{path}: could not be written (is the disk full?): {str(error).splitlines()[0]}") from error
 
 
-def write_shared(state: dict[str, Tensor], metadata: dict[str, Any], path: str | Path) -> None:
-    """Write the no tower and prompts of a flat state_dict as safetensors, with JSON-able `metadata` in the header."""
+def write_safetensors(state: dict[str, Tensor], metadata: dict[str, Any], path: str | Path) -> None:
+    """Write a flat state_dict as safetensors, with JSON-able `metadata` in the header."""
     header = {key: json.dumps(value, ensure_ascii=False, allow_nan=False) for key, value in metadata.items()}
     header |= {"format": "pt", _FORMAT_KEY: _SHARED_FORMAT}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in no_weights(state).items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_write(path) as file:
         file.write(save(tensors, header))
 

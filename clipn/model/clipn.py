@@ -95,15 +95,20 @@ class CLIPN(nn.Module):
         """
         visual, images = self.base.visual, images.to(next(self.base.visual.parameters()).dtype)
         projection = getattr(visual, "proj", None)
-        try:
-            if projection is not None:
-                visual.proj = None  # open_clip then returns its pooled output
-            tower = self.base.encode_image(images, normalize=False)
-        finally:
-            if projection is not None:
-                visual.proj = projection
+        tower = (self.base if projection is None else self._unprojected()).encode_image(images, normalize=False)
         features = tower if projection is None else tower @ projection
         return F.normalize(features.float(), dim=-1), tower.float()
+
+    def _unprojected(self) -> nn.Module:
+        """The base on the same weights, without the projection: open_clip then gives its pooled output.
+
+        It is a shallow copy, because another thread may use the base at the same time.
+        """
+        base, visual = copy.copy(self.base), copy.copy(self.base.visual)
+        visual._parameters = visual._parameters | {"proj": None}
+        visual._compiled_call_impl = None  # of the tower with its projection
+        base._modules = base._modules | {"visual": visual}
+        return base
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Token ids [B, L] -> [B, D] by the "yes" tower."""

@@ -1,0 +1,92 @@
+"""The folder of a saved Detector: its weights, its settings, and what it learned from training images."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from clipn.config.schema import ProbeConfig
+from clipn.methods.registry import MethodInputs, save_probes
+from clipn.model.checkpoint import write_safetensors
+from clipn.model.clipn import CLIPN
+from clipn.model.hashing import weights_hash
+from clipn.model.weights import WEIGHTS
+from clipn.runtime.files import atomic_write
+
+SETTINGS = "detector.json"  # written last: a folder without it is incomplete
+_TRAINING = "training.safetensors"  # features [M, D], tower [M, W] and labels [M] of the training images
+_PROBES = "probes"
+_FORMAT = 1
+_TYPES = {"class_names": list, "templates": list, "method": str, "scale": float, "fitted": bool}
+
+
+def write_detector(folder: str | Path, inputs: MethodInputs, settings: dict[str, Any]) -> None:
+    """Write model, training images and probes of a Detector, and its `settings`, into a folder.
+
+    Raises ValueError for a folder that holds something else.
+    """
+    folder, model = Path(folder), inputs.model
+    if folder.exists() and not (folder.is_dir() and ((folder / SETTINGS).is_file() or not any(folder.iterdir()))):
+        raise ValueError(f"{folder}: holds something else than a saved detector; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).unlink(missing_ok=True)
+    facts = {"architecture": model.architecture, "preprocess": dict(model.preprocess)}
+    write_safetensors(model.published_state(), facts, folder / WEIGHTS)
+    if inputs.train is not None:
+        columns = {"features": inputs.train, "tower": inputs.train_tower, "labels": inputs.labels}
+        with atomic_write(folder / _TRAINING) as file:
+            file.write(save({name: value.cpu() for name, value in columns.items() if value is not None}))
+        save_probes(inputs, folder / _PROBES)
+    settings = settings | {"format": _FORMAT, "fitted": inputs.train is not None, "probe": vars(inputs.probe)}
+    with atomic_write(folder / SETTINGS) as file:
+        file.write(json.dumps(settings | {"image_tower": _tower_hash(model)}, indent=2).encode())
+
+
+def read_settings(folder: str | Path) -> dict[str, Any] | None:
+    """The settings of a saved Detector; None for any other name of weights. Raises ValueError for a damaged file."""
+    file = Path(folder) / SETTINGS
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings["format"] != _FORMAT:
+            raise ValueError(f"format {settings['format']}: this version of clipn reads {_FORMAT}")
+        wrong = [name for name, kind in _TYPES.items() if not isinstance(settings[name], kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]}={settings[wrong[0]]!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not the settings of a saved detector: {error}; save it again") from error
+    return settings
+
+
+def read_training(folder: str | Path, settings: dict[str, Any], model: CLIPN) -> dict[str, Any]:
+    """The fields of MethodInputs that a saved Detector learned from its training images; empty if it was not fitted.
+
+    Raises ValueError for a damaged file, and for a model of another image tower than that which encoded the images.
+    """
+    if not settings["fitted"]:
+        return {}
+    own, file = _tower_hash(model), Path(folder) / _TRAINING
+    if own != settings.get("image_tower"):
+        other = str(settings.get("image_tower"))[:12]
+        reason = f"its training images were encoded by another image tower ({other}) than that of {WEIGHTS}"
+        raise ValueError(f"{folder}: {reason} ({own[:12]}); fit and save it again")
+    try:
+        columns = load_file(file)
+        features, tower, labels = columns["features"], columns["tower"], columns.get("labels")
+        if not len(features) == len(tower) == (len(tower) if labels is None else len(labels)):
+            raise ValueError("columns of different lengths")
+        probe = ProbeConfig(**settings["probe"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not whole ({error}); fit and save the detector again") from error
+    training = {"train": features, "train_tower": tower.to(model.logit_scale.device), "labels": labels}
+    return training | {"probe": probe, "probe_folder": Path(folder) / _PROBES}
+
+
+def _tower_hash(model: CLIPN) -> str:
+    """The hash of all that features of images depend on."""
+    facts = json.dumps([model.architecture, dict(model.preprocess)], sort_keys=True)
+    return hashlib.sha256(f"{weights_hash(model.base.visual)} {facts}".encode()).hexdigest()

@@ -1,0 +1,55 @@
+"""The state of a Detector: method, classes, and what was learned from in-distribution images."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from clipn.methods.registry import METHOD_NAMES, METHODS, MethodInputs
+from clipn.methods.scoring import Scorer, lacking, make_scorer
+
+DETECTOR_METHODS = tuple(  # the others need words or tokens, which only evaluations have
+    name
+    for name in METHOD_NAMES
+    if name not in METHODS or METHODS[name].takes != "tags" and not {"words", "tokens"} & {*METHODS[name].needs}
+)
+_LEARNS = "method %s learns from in-distribution images%s: call detector.fit(%s)"
+
+
+class State(NamedTuple):
+    """All that a prediction reads at once, so that another thread may change the classes meanwhile."""
+
+    method: str
+    templates: tuple[str, ...]
+    inputs: MethodInputs  # classes, head, and what was learned
+    scorer: Scorer | None  # of a method that is not in SCORES, if nothing is lacking
+    lacks: str | None  # why the method cannot score yet
+    threshold: float | None = None
+
+
+def make_state(method: str, templates: Sequence[str], inputs: MethodInputs) -> State:
+    """The state without a threshold; `lacks` says what the method has yet to learn from. Raises as its fit does."""
+    missing = lacking(method, inputs)
+    if missing:
+        words = (" with labels", "id_images, labels") if missing == "labels" else ("", "id_images")
+        return State(method, tuple(templates), inputs, None, _LEARNS % (method, *words))
+    return State(method, tuple(templates), inputs, make_scorer(method, inputs) if method in METHODS else None, None)
+
+
+def learned(state: State, class_names: Sequence[str], templates: Sequence[str]) -> dict[str, Any]:
+    """The fields of MethodInputs that hold for other class names and templates too. Labels need the same names."""
+    inputs, same_names = state.inputs, list(class_names) == list(state.inputs.class_names)
+    kept = {name: getattr(inputs, name) for name in ("train", "train_tower", "probe", "probe_folder")}
+    if same_names:
+        kept["labels"] = inputs.labels
+    if same_names and tuple(templates) == state.templates:
+        kept["results"] = inputs.results
+    return kept
+
+
+def check_method(method: str, scale: float) -> None:
+    """Raise ValueError for a method that a Detector does not have, and for an impossible scale."""
+    if method not in DETECTOR_METHODS:
+        reason = f"{method} works in `clipn eval` alone" if method in METHODS else "no such method"
+        raise ValueError(f"method={method!r}: {reason}; expected one of {', '.join(DETECTOR_METHODS)}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale}: expected a positive number")

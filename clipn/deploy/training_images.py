@@ -1,0 +1,62 @@
+"""What a Detector keeps of in-distribution training images: their features and labels."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipn.model.clipn import CLIPN
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def encode_training(
+    model: CLIPN,
+    batches: Iterable[list[Tensor | Exception]],
+    labels: Sequence[int | str] | None,
+    class_names: Sequence[str],
+    on_error: str = "raise",
+) -> dict[str, Any]:
+    """The fields of MethodInputs that describe training images: train [M, D], train_tower [M, W], labels [M] or None.
+
+    batches: normalised images [3, H, W], or the errors of unreadable ones. labels: a number or a name for each image.
+    on_error: "raise", or "skip" to leave unreadable images out with a warning.
+
+    Raises ValueError for no images, and for labels that are not the classes' or of another number.
+    """
+    numbers = None if labels is None else _numbers(labels, class_names)
+    features, tower, kept, total = [], [], [], 0
+    for batch in batches:
+        for image in batch:
+            if not isinstance(image, Exception):
+                kept.append(total)
+            elif on_error == "raise":
+                raise image
+            else:
+                log.warning("left out: %s", image)
+            total += 1
+        pixels = [image for image in batch if isinstance(image, Tensor)]
+        if pixels:
+            parts = model.encode_image_with_tower(torch.stack(pixels).to(model.logit_scale.device))
+            features.append(parts[0].cpu())
+            tower.append(parts[1])
+    if not kept:
+        raise ValueError(f"fit: expected in-distribution images, got {total}, none of them readable")
+    if numbers is not None and len(numbers) != total:
+        raise ValueError(f"fit: {len(numbers)} labels for {total} images")
+    labels = None if numbers is None else numbers[kept]
+    return {"train": torch.cat(features), "train_tower": torch.cat(tower), "labels": labels}
+
+
+def _numbers(labels: Sequence[int | str], class_names: Sequence[str]) -> Tensor:
+    """Class names or numbers as numbers [M]."""
+    by_name = {name: number for number, name in reversed(list(enumerate(class_names)))}
+    numbers = [by_name.get(label) if isinstance(label, str) else int(label) for label in labels]
+    for label, number in zip(labels, numbers, strict=True):
+        if number is None or not 0 <= number < len(class_names):
+            names = ", ".join(class_names[:5]) + ", ..." * (len(class_names) > 5)
+            raise ValueError(f"fit: label {label!r} is no class: expected 0 to {len(class_names) - 1}, or {names}")
+    return torch.tensor(numbers, dtype=torch.long)
