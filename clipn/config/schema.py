@@ -305,7 +305,7 @@ class AdversarialConfig(_Section):
     images: int = 1000  # at most, of eval.id, of each set of eval.ood, and of eval.train as targets; drawn by seed
     steps: int = 250  # of Adam
     lr: float = 1e-3
-    smoothness: float = 5000.0  # for 224 pixels; smaller images need less: 400 for 64; 0: pixels change alone
+    smoothness: float = 5000.0  # for 224 pixels; 400 for 64, 100 for 32; 0: each pixel changes alone
     batch_size: int = 16
     seed: int = 0  # of the drawn images and of the initial noise
 
