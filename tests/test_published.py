@@ -1,8 +1,11 @@
 """The published results: which are shown for which image sets, and what each row must have."""
 
+import re
+
 import numpy as np
 
 from clipn.report.published import published_for
+from clipn.report.tables import published_table
 
 MAIN_SETS = ["SUN", "iNaturalist", "places", "Texture"]
 
@@ -17,10 +20,24 @@ def test_published_results_are_for_their_sets_alone():
 
 def test_published_results_are_plausible_and_have_sources():
     rows = published_for("ImageNet-1K", MAIN_SETS)
+    assert len({row.method for row in rows}) == len(rows), "the method's name is all that the table shows of a row"
     for row in rows:
-        assert row.url.startswith("https://") and row.source.startswith(f"{row.method}: ViT-B-16, ")
-        aurocs, fprs = zip(*row.results.values(), strict=True)
-        assert all(50 < auroc <= 100 for auroc in aurocs) and all(0 <= fpr < 100 for fpr in fprs)
-        assert np.allclose((np.mean(aurocs), np.mean(fprs)), row.average, atol=0.0151), row.method
+        backbone = re.search(r"ViT-\w-\d+", f"{row.method} ViT-B-16")[0]  # ViT-B-16 unless the method's name has one
+        assert row.url.startswith("https://") and re.match(rf"{re.escape(row.method)}: {backbone}[,;] ", row.source)
+        aurocs, fprs = np.array([*row.results.values(), row.average]).T
+        assert not (aurocs <= 50).any() and not (aurocs > 100).any(), "NaN, a figure not found, is neither"
+        assert not (fprs < 0).any() and not (fprs >= 100).any()
+        for *values, average in (aurocs, fprs):
+            assert np.isnan(values).any() or np.isclose(np.mean(values), average, rtol=0, atol=0.0151), row.method
     own = {row.method for row in rows if "README of the authors' code" in row.source}
-    assert own == {"CTW", "ATD"} and all("quoted" in row.source for row in rows if row.method not in own), "second-hand"
+    assert own == {"CTW", "ATD"} and all("table" in row.source for row in rows)
+    others = [row.source for row in rows if row.method not in own]
+    assert all("quoted" in source or "measured by the authors of" in source for source in others), "second-hand"
+
+
+def test_a_figure_that_is_not_known_is_a_dash():
+    rows = published_for("ImageNet-1K", MAIN_SETS)
+    table = published_table(rows, MAIN_SETS)
+    csp = table[table[("", "method")] == "CSP"].iloc[0]
+    assert csp["SUN"].to_dict() == {"AUROC": "–", "FPR95": "13.66"} and csp["average"]["AUROC"] == "95.76"
+    assert not table.isin(["nan"]).any(axis=None)

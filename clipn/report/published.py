@@ -16,7 +16,7 @@ class Published(NamedTuple):
     method: str
     source: str  # method, model, where the row was read, note
     url: str
-    results: dict[str, tuple[float, float]]  # AUROC and FPR95 in percent, by the measured OOD set's name
+    results: dict[str, tuple[float, float]]  # AUROC and FPR95 in percent or NaN, by the measured OOD set's name
     average: tuple[float, float]
 
 

@@ -92,7 +92,10 @@ def intervals_table(intervals: pd.DataFrame) -> pd.DataFrame:
 def published_table(
     entries: Sequence[Published], ood_sets: Sequence[str], metrics: Sequence[str] = METRICS, accuracy: bool = False
 ) -> pd.DataFrame:
-    """Published results in the columns of `results_table`. An average over other sets than these is left out."""
+    """Published results in the columns of `results_table`; a dash for a figure that is not known.
+
+    An average over other sets than these is left out.
+    """
     rows = []
     for entry in entries:
         complete = set(ood_sets) <= entry.results.keys()
@@ -100,7 +103,7 @@ def published_table(
         cells = [f"{pair[METRICS.index(metric)]:.2f}" if pair else "–" for pair in pairs for metric in metrics]
         rows.append([entry.method, *cells, *["–"] * accuracy])
     columns = [("", "method"), *itertools.product([*ood_sets, "average"], metrics), *[("ID", "accuracy")] * accuracy]
-    return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(columns))
+    return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(columns)).replace("nan", "–")
 
 
 def column_groups(table: pd.DataFrame) -> list[tuple[str, int]]:
