@@ -115,6 +115,8 @@ examples:
     _add_detector_options(parser, required=True)
     fit_help = "images of the classes, in class folders or not, that --method kNN, PLP-RMD, ... learns from"
     parser.add_argument("--fit", metavar="DIR", help=fit_help)
+    filter_help = "CTW or ATD: leave out images of --fit that this decision of CLIPN calls OOD"
+    parser.add_argument("--train-filter", metavar="SCORE", help=filter_help)
     calibrate_help = "images of the classes that set a threshold (default: every tenth of --fit, held out)"
     parser.add_argument("--calibrate", metavar="DIR", help=calibrate_help)
     keep_help = "of these, to stay at or above the threshold (default: 0.95)"
@@ -153,7 +155,7 @@ def _predict(images: list[str], keep: float | None, classes: str | None, **optio
     from clipn.deploy.detector import Detector
     from clipn.deploy.folders import Training, predict_folders
 
-    folders = {name: options.pop(name) for name in ("fit", "calibrate", "save")}
+    folders = {name: options.pop(name) for name in ("fit", "calibrate", "save", "train_filter")}
     if keep is not None and not folders["calibrate"] and not folders["fit"]:
         raise ValueError(f"--keep={keep}: sets how strict --calibrate or --fit is; both are missing")
     training = Training(**folders, keep=0.95 if keep is None else keep)

@@ -15,12 +15,14 @@ from sklearn.metrics import pairwise_distances
 import clipn
 from clipn.cli import main
 from clipn.config.loading import load_config
-from clipn.config.schema import ProbeConfig
+from clipn.config.schema import ProbeConfig, TagoodConfig
 from clipn.deploy.state import DETECTOR_METHODS
 from clipn.evaluation.evaluate import evaluate
 from clipn.methods.registry import METHODS
+from clipn.scores import DECISIONS
 
 NAMES = ["apple", "bus", "cat"]
+TAGOOD = {"epochs": 2, "width": 16, "heads": 2, "tags": "clipn"}
 LEARNING = [name for name in DETECTOR_METHODS if name in METHODS and METHODS[name].needs]
 
 
@@ -59,7 +61,12 @@ def labels(images):
 @pytest.fixture(scope="module")
 def fitted(loaded, images, labels):
     detector = loaded.with_classes(NAMES, method="kNN")
-    return detector.fit(images["train"], labels, probe=ProbeConfig(epochs=3, batch_size=16))
+    return detector.fit(images["train"], labels, settings=ProbeConfig(epochs=3, batch_size=16))
+
+
+@pytest.fixture(scope="module")
+def with_tokens(loaded, images, labels):
+    return loaded.with_classes(NAMES, method="TagOOD").fit(images["train"], labels, settings=TagoodConfig(**TAGOOD))
 
 
 def scores(results):
@@ -68,13 +75,13 @@ def scores(results):
 
 def test_scores_and_labels_are_those_of_the_evaluation(folder, images, labels, loaded, tmp_path):
     """Also of features that are too wide for some methods, which both refuse with the same words."""
-    settings = {"epochs": 3, "batch_size": 16}
     words = [f"run.dir={tmp_path}/run", "run.device=cpu", f"eval.checkpoints={folder}/clipn.pt", f"eval.id={folder}/id"]
     words += [f"eval.ood={folder}/ood", f"eval.train={folder}/train", "eval.templates=simple", "data.workers=0"]
-    words += [f"probe.{key}={value}" for key, value in settings.items()] + ["features.dtype=float32"]
-    detector = loaded.with_classes(NAMES, method="kNN").fit(images["train"], labels, probe=ProbeConfig(**settings))
+    words += ["features.dtype=float32"] + [f"tagood.{key}={value}" for key, value in TAGOOD.items()]
+    detector = loaded.with_classes(NAMES, method="TagOOD")
+    detector.fit(images["train"], labels, settings=TagoodConfig(**TAGOOD))
     scored = []
-    for method in [*LEARNING, "MCM-5", "GL-MCM", "ODIN"]:
+    for method in [*LEARNING, "MCM-5", "GL-MCM", "ODIN", "TagOOD-tag"]:
         try:
             evaluation = evaluate(load_config("configs/eval_own.yaml", [*words, f"eval.methods=[{method}]"]))
         except ValueError as error:
@@ -89,7 +96,19 @@ def test_scores_and_labels_are_those_of_the_evaluation(folder, images, labels, l
         assert [result.label for result in results] == [NAMES[number] for number in predicted]
         assert all(result.scores[method] == result.score and "MCM" in result.scores for result in results)
         scored.append(method)
-    assert {"kNN", "RMD", "ViM", "ReAct", "1NN", "PLP-Energy", "LP-RMD", "PLP+ATD", "GL-MCM"} <= set(scored)
+    assert {
+        "kNN",
+        "RMD",
+        "ViM",
+        "ReAct",
+        "1NN",
+        "PLP-Energy",
+        "LP-RMD",
+        "PLP+ATD",
+        "GL-MCM",
+        "TagOOD",
+        "TagOOD-PL-CE",
+    } <= set(scored)
 
 
 def test_knn_against_scikit_learn(loaded, images):
@@ -170,6 +189,39 @@ def test_unreadable_images_are_named_or_skipped_with_their_labels(loaded, images
     assert scores(detector.predict(images["id"])) == scores(plain.predict(images["id"]))
 
 
+def test_images_that_clipn_calls_ood_are_not_learned(loaded, images, labels, monkeypatch):
+    detector = loaded.with_classes(NAMES, method="RMD")
+    monkeypatch.setitem(DECISIONS, "CTW", lambda yes, no: torch.arange(len(yes)) % 9 == 0)
+    detector.fit(images["train"], labels, train_filter="CTW")
+    kept = [number for number in range(len(labels)) if number % 9]
+    expected = loaded.with_classes(NAMES, method="RMD")
+    expected.fit([images["train"][number] for number in kept], [labels[number] for number in kept])
+    assert scores(detector.predict(images["ood"])) == pytest.approx(scores(expected.predict(images["ood"])), rel=1e-5)
+    with pytest.raises(ValueError, match="train_filter='MCM': expected None or CTW, ATD"):
+        detector.fit(images["train"], labels, train_filter="MCM")
+
+
+def test_tokens_need_a_fit_of_their_own(fitted, images, tmp_path):
+    with pytest.raises(ValueError, match=r"TagOOD-PL learns from in-distribution images"):
+        fitted.with_classes(NAMES, method="TagOOD-PL").predict(images["id"][0])
+    with pytest.raises(ValueError, match="settings={}: expected ProbeConfig or TagoodConfig"):
+        fitted.with_classes(NAMES, method="TagOOD-PL").fit(images["train"], settings={})
+
+
+def test_a_saved_detector_of_another_tagger_is_refused(loaded, images, tmp_path):
+    """With tags=clipn, the no tower chooses the tokens."""
+    detector = loaded.with_classes(NAMES, method="TagOOD-PL")
+    detector.fit(images["train"], settings=TagoodConfig(**TAGOOD)).save(tmp_path / "saved")
+    other = write_clipn(tmp_path / "other.pt", no_seed=9)
+    clipn.Detector.from_pretrained(other, NAMES, device="cpu").save(tmp_path / "other")
+    again = clipn.Detector.from_pretrained(tmp_path / "saved", ["dog", "cat"], device="cpu")
+    with pytest.raises(ValueError, match="TagOOD-PL learns"):  # the tokens show the saved classes
+        again.predict(images["id"][0])
+    (tmp_path / "other" / "clipn.safetensors").replace(tmp_path / "saved" / "clipn.safetensors")
+    with pytest.raises(ValueError, match="saved: its tokens were chosen by another tagger"):
+        clipn.Detector.from_pretrained(tmp_path / "saved", device="cpu")
+
+
 def test_other_classes_learn_again_and_drop_labels(fitted, images, caplog):
     detector = fitted.with_classes(NAMES, method="PLP-MSP")
     detector.calibrate(images["id"])
@@ -185,11 +237,12 @@ def test_a_probe_is_fitted_once_for_all_methods(fitted, images, monkeypatch):
     assert detector.with_classes(NAMES, method="PLP-RMD").predict(images["id"][0]).label in NAMES
 
 
-@pytest.mark.parametrize("method", ["ATD", "kNN", "LP-RMD", "PLP-Energy"])
-def test_a_saved_detector_is_the_same(fitted, images, tmp_path, monkeypatch, method):
-    detector = fitted.with_classes(NAMES, method=method)
+@pytest.mark.parametrize("method", ["ATD", "kNN", "LP-RMD", "PLP-Energy", "TagOOD", "TagOOD-PL-CE"])
+def test_a_saved_detector_is_the_same(fitted, with_tokens, images, tmp_path, monkeypatch, method):
+    detector = (with_tokens if "TagOOD" in method else fitted).with_classes(NAMES, method=method)
     threshold = detector.calibrate(images["id"], keep=0.8)
     detector.save(tmp_path / "saved")
+    monkeypatch.setattr("clipn.methods.tagood_fit.fit_tagood", None)
     monkeypatch.setattr("clipn.methods.probe.fit_probe", None)  # a probe is read, not fitted again
     again = clipn.Detector.from_pretrained(tmp_path / "saved", device="cpu")
     assert (again.method, again.class_names, again.templates) == (method, NAMES, detector.templates)
@@ -270,7 +323,7 @@ def test_a_damaged_folder_is_refused(fitted, tmp_path, file, change, words):
 
 def test_saving_leaves_no_complete_folder_when_it_is_interrupted(fitted, tmp_path, monkeypatch):
     fitted.save(tmp_path / "saved")
-    monkeypatch.setattr("clipn.deploy.saved.save_probes", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("clipn.deploy.saved.save_fits", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError):
         fitted.save(tmp_path / "saved")
     with pytest.raises(ValueError, match="class_names: expected a list"):

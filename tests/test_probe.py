@@ -361,29 +361,35 @@ def test_shots_limit_the_labels_of_linear_probing_alone(evaluated, tmp_path):
     assert len(list((tmp_path / "run/features/probes").iterdir())) == 3
 
 
-def test_pseudo_labels_are_learned_only_from_images_that_clipn_keeps(evaluated, tmp_path, monkeypatch, caplog):
+def test_methods_learn_only_from_images_that_clipn_keeps(evaluated, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "clipn")
     monkeypatch.setitem(scores.DECISIONS, "ATD", lambda yes, no: torch.arange(len(yes)) % 3 == 0)
     for number, path in enumerate(sorted((tmp_path / "train").rglob("*.png"))):
         if number % 3:
             (tmp_path / "kept" / path.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, tmp_path / "kept" / path.parent.name)
-    expected, labelled = evaluated("PLP-L1", f"eval.train={tmp_path}/kept"), evaluated("LP-L1")
-    made = evaluated("PLP-L1,LP-L1", "probe.keep=ATD")
-    assert "PLP: by probe.keep=ATD, 30 of 45 training images are learned" in messages(caplog)
-    for name, of_set in made.set_scores.items():
-        np.testing.assert_allclose(of_set.scores["PLP-L1"], expected.set_scores[name].scores["PLP-L1"], rtol=1e-4)
-        assert (of_set.scores["LP-L1"] == labelled.set_scores[name].scores["LP-L1"]).all(), "its labels are given"
-    everything = evaluated("PLP-L1").set_scores["id"].scores["PLP-L1"]
-    assert not np.allclose(everything, made.set_scores["id"].scores["PLP-L1"], rtol=1e-2)
+    methods = "PLP-L1,LP-L1,1NN,kNN"
+    expected, made = evaluated(methods, f"eval.train={tmp_path}/kept"), evaluated(methods, "eval.train_filter=ATD")
+    assert "train_filter=ATD keeps 30 of 45 training images" in messages(caplog)
+    everything = evaluated(methods)
+    for method in methods.split(","):
+        learned, kept, unfiltered = (
+            np.concatenate([of_set.scores[method] for of_set in of.set_scores.values()])
+            for of in (made, expected, everything)
+        )
+        np.testing.assert_allclose(learned, kept, rtol=1e-6)
+        assert not np.allclose(kept, unfiltered, rtol=1e-5)
 
 
 def test_too_few_kept_images_are_an_error(evaluated, monkeypatch):
     monkeypatch.setitem(scores.DECISIONS, "CTW", lambda yes, no: torch.arange(len(yes)) >= 2)
-    with pytest.raises(ValueError, match=r"PLP: probe\.keep=CTW: 2 of 45 training images are too few for 3 classes"):
-        evaluated("PLP-MSP", "probe.keep=CTW")
-    with pytest.raises(ValueError, match=r"probe\.keep='MCM': expected one of null, CTW, ATD"):
-        evaluated("PLP-MSP", "probe.keep=MCM")
+    with pytest.raises(ValueError, match="2 training images are too few for 3 classes"):
+        evaluated("PLP-MSP", "eval.train_filter=CTW")
+    monkeypatch.setitem(scores.DECISIONS, "CTW", lambda yes, no: torch.ones(len(yes), dtype=torch.bool))
+    with pytest.raises(ValueError, match="train_filter=CTW: calls each of the 45 training images OOD"):
+        evaluated("kNN", "eval.train_filter=CTW")
+    with pytest.raises(ValueError, match=r"eval\.train_filter='MCM': expected one of null, CTW, ATD"):
+        evaluated("PLP-MSP", "eval.train_filter=MCM")
 
 
 def test_a_class_without_pseudo_labels_is_named(evaluated, caplog):

@@ -209,6 +209,7 @@ class EvalConfig(_Section):
     methods: list[str] = field(default_factory=lambda: ["MSP", "MaxLogit", "Energy", "MCM", "CTW", "ATD"])
     scale: float = 100.0
     train: Any = None  # ID training images, as `id`, for kNN, Mahalanobis, PLP-*, TagOOD and others: docs/evaluation.md
+    train_filter: str | None = None  # CTW | ATD: leave out training images that this decision of CLIPN calls OOD
     words: str | None = None  # a word list or WordNet's database folder: NegLabel, CSP
     bootstrap: int = 0  # draws for confidence intervals; 0: none
     checkpoints: Any = None  # a path, a glob or a list: mean and deviation over them; null: this run's own
@@ -221,6 +222,7 @@ class EvalConfig(_Section):
         self._check("scale", self.scale > 0, "a positive number")
         self._at_least(1, "batch_size")
         self._at_least(0, "bootstrap")
+        self._one_of("train_filter", (None, *DECISIONS))
         self._check("methods", bool(self.methods), "at least one score")
         self._check("ood", self.id is None or bool(self.ood), "at least one image set beside eval.id")
 
@@ -235,9 +237,6 @@ class ProbeConfig(_Section):
     weight_decay: float = 1e-3  # of weight and bias
     warmup: float = 0.1  # the share of the steps in which the learning rate grows
     solver: str = "adam"  # adam | lbfgs: the optimum of the same objective, which the paper's probe does not reach
-    keep: str | None = (
-        None  # PLP: CTW | ATD: only training images that this decision keeps, if strangers are among them
-    )
     shots: int | None = None  # LP: training images of each class; null: all
     seed: int = 0  # of the initial weights, the order of the images and the choice of the shots
 
@@ -247,7 +246,6 @@ class ProbeConfig(_Section):
         self._at_least(0, "weight_decay")
         self._check("warmup", 0 <= self.warmup <= 1, "0 to 1")
         self._one_of("solver", SOLVERS)
-        self._one_of("keep", (None, *DECISIONS))
         self._check("shots", self.shots is None or self.shots >= 1, "1 or more, or null")
         self._seed("seed", self.seed)
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipn.config.schema import ProbeConfig
+from clipn.config.schema import ProbeConfig, TagoodConfig, require
 from clipn.data.images import AnyImage, Transform, is_one_image, val_transform
 from clipn.data.prompts import check_class_names, load_templates
 from clipn.deploy.class_weights import ClassWeights
 from clipn.deploy.pixels import PixelReader
-from clipn.deploy.result import Result
-from clipn.deploy.saved import read_settings, read_training, write_detector
-from clipn.deploy.state import State, check_method, learned, make_state
+from clipn.deploy.result import Result, make_results
+from clipn.deploy.saved import check_tokens, read_settings, read_training, write_detector
+from clipn.deploy.state import State, check_method, learned, make_state, unfitted
 from clipn.deploy.training_images import encode_training
 from clipn.methods.registry import MethodInputs
+from clipn.methods.scoring import token_finder
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head
 from clipn.model.weights import open_model
@@ -94,11 +96,14 @@ class Detector:
         detector = cls(model, **{name: settings[name] for name in given})
         if saved:
             training = read_training(checkpoint, saved, model)
-            if settings["class_names"] != saved["class_names"]:
+            same = {name: settings[name] == saved[name] for name in given}
+            if not same["class_names"]:
                 training |= {"labels": None}  # they number the saved classes
+            if not (same["class_names"] and same["templates"] and same["scale"]):
+                training |= {"tokens": None}  # they show the saved classes
             state = detector._new_state(settings["method"], detector.class_names, detector.templates, training)
-            same = all(settings[name] == saved[name] for name in given)
-            detector._state = state._replace(threshold=saved["threshold"] if same else None)
+            check_tokens(checkpoint, saved, state.inputs)
+            detector._state = state._replace(threshold=saved["threshold"] if all(same.values()) else None)
         return detector
 
     @property
@@ -156,26 +161,30 @@ class Detector:
         labels: Sequence[int | str] | None = None,
         batch_size: int = 32,
         on_error: str = "raise",
-        probe: ProbeConfig | None = None,
+        train_filter: str | None = None,
+        settings: ProbeConfig | TagoodConfig | None = None,
     ) -> Detector:
         """Learn from in-distribution images what the method needs, remove the threshold, and return the detector.
 
-        Their features are kept, so that `with_classes` gives a detector of another method without reading them again.
-        Calibrate with other images than these: a method scores the images that it learned from too high.
+        Their features are kept, so that `with_classes` gives a detector of another method without reading them again
+        (TagOOD* alone also need tokens). Calibrate with other images: a method scores those it learned from too high.
 
         id_images: as in `predict`; they are read one batch ahead. labels: the class of each image, a name or a number;
             only some methods need them. on_error: "skip" leaves unreadable images out, with a warning.
-        probe: the training of PLP-* and LP-*.
+        train_filter: CTW or ATD leaves out images that this decision calls OOD. settings: of the probe, or of TagOOD*.
 
         Raises ValueError for no images, another number of labels, and images or labels that the method cannot use.
         """
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r}: expected raise or skip")
+        require(on_error in ("raise", "skip"), "on_error", on_error, "raise or skip")
+        require(train_filter in (None, *DECISIONS), "train_filter", train_filter, f"None or {', '.join(DECISIONS)}")
         state, images = self._state, [id_images] if is_one_image(id_images) else id_images
-        names = state.inputs.class_names
-        training = encode_training(self.model, self._reader.batches(images, batch_size), labels, names, on_error)
-        training |= {"probe": probe or state.inputs.probe}
-        fitted = self._new_state(state.method, names, state.templates, training)
+        inputs = unfitted(state.inputs, settings)
+        batches, find_tokens = self._reader.batches(images, batch_size), token_finder(state.method, inputs)
+        training = encode_training(self.model, batches, labels, inputs.class_names, on_error, find_tokens)
+        inputs = replace(inputs, **training)
+        if train_filter:
+            inputs.use_kept_by(train_filter)
+        fitted = make_state(state.method, state.templates, inputs)
         if fitted.lacks:
             raise ValueError(f"fit: {fitted.lacks}")
         with self._lock:
@@ -205,10 +214,8 @@ class Detector:
 
         Raises ValueError or FileNotFoundError that names an unreadable image. URLs are never fetched.
         """
-        if on_error not in ("raise", "return"):
-            raise ValueError(f"on_error={on_error!r}: expected raise or return")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: expected a whole number, 1 or more")
+        require(on_error in ("raise", "return"), "on_error", on_error, "raise or return")
+        require(isinstance(batch_size, int) and batch_size > 0, "batch_size", batch_size, "a whole number, 1 or more")
         if is_one_image(images):
             return next(self._results([images], self._ready(), 1, on_error))
         results = self._results(images, self._ready(), batch_size, on_error)
@@ -226,11 +233,9 @@ class Detector:
         on_error: "raise", or "skip" to leave unreadable images out, with a warning.
         Raises ValueError for no images, a share outside of (0, 1], or classes that another thread changes meanwhile.
         """
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep={keep}: expected a share above 0, up to 1")
+        require(0 < keep <= 1, "keep", keep, "a share above 0, up to 1")
+        require(on_error in ("raise", "skip"), "on_error", on_error, "raise or skip")
         state, images = self._ready(), [id_images] if is_one_image(id_images) else id_images
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error={on_error!r}: expected raise or skip")
         scores = []
         for result in self._results(images, state, batch_size, "return" if on_error == "skip" else "raise"):
             if isinstance(result, Exception):
@@ -277,22 +282,13 @@ class Detector:
             scores, own_logits = {name: score(*logits, self.scale) for name, score in SCORES.items()}, None
             if state.scorer:
                 scores[state.method], own_logits = state.scorer(pixels, features, tower)
-            scores = {name: values.tolist() for name, values in scores.items()}
             if state.threshold is not None:
-                says_ood = [score < state.threshold for score in scores[state.method]]
+                says_ood = (scores[state.method] < state.threshold).tolist()
             elif state.method in DECISIONS:
                 says_ood = DECISIONS[state.method](*logits).tolist()
             else:
                 says_ood = [None] * len(pixels)
-            yes, no = (values.cpu() for values in logits)
-            own_logits = own_logits if own_logits is None else own_logits.float().cpu()
-        results = []
-        for n, ood in enumerate(says_ood):
-            own_scores = {name: values[n] for name, values in scores.items()}
-            parts = yes[n].clone(), no[n].clone(), state.inputs.class_names  # a clone does not keep the batch
-            probe_logits = None if own_logits is None else own_logits[n].clone()
-            results.append(Result(state.method, own_scores, ood, *parts, probe_logits))
-        return results
+        return make_results(state.method, scores, says_ood, (*logits, own_logits), state.inputs.class_names)
 
     def _new_state(
         self, method: str, class_names: Sequence[str], templates: str | Sequence[str] | None, training: dict[str, Any]

@@ -48,6 +48,7 @@ class Training:
     calibrate: str | Path | None = None  # images that set the threshold; None: every tenth of `fit`, held out
     keep: float = 0.95  # the share of them that reaches the threshold
     save: str | Path | None = None  # where the detector is saved
+    train_filter: str | None = None  # CTW or ATD: leave out images of `fit` that this decision calls OOD
 
 
 def predict_folders(
@@ -122,7 +123,7 @@ def _train(detector: Detector, training: Training, batch_size: int) -> None:
         calibration = calibration or [images.paths[number] for number in held_out]
         kept = sorted(set(range(len(images))) - set(held_out))
         labels = None if labels is None else [labels[number] for number in kept]
-        detector.fit([images.paths[number] for number in kept], labels, batch_size, on_error="skip")
+        detector.fit([images.paths[number] for number in kept], labels, batch_size, "skip", training.train_filter)
     if training.fit or training.calibrate:
         detector.calibrate(calibration, training.keep, batch_size, on_error="skip" if training.fit else "raise")
     if training.save:

@@ -74,3 +74,21 @@ class Result:
     def __str__(self) -> str:
         label = f"none of the classes (nearest: {self.label})" if self.says_ood else self.label
         return f"{label}, {self.method} {self.score:.4g}"
+
+
+def make_results(
+    method: str,
+    scores: dict[str, Tensor],
+    says_ood: Sequence[bool | None],
+    logits: tuple[Tensor, Tensor, Tensor | None],
+    class_names: Sequence[str],
+) -> list[Result]:
+    """The results of B images from scores [B] by method and logits [B, C]: of yes, of no and of the probe."""
+    values = {name: score.tolist() for name, score in scores.items()}
+    yes, no, probe = (part if part is None else part.float().cpu() for part in logits)
+    results = []
+    for n, ood in enumerate(says_ood):
+        own_scores = {name: of_images[n] for name, of_images in values.items()}
+        parts = yes[n].clone(), no[n].clone(), class_names, probe if probe is None else probe[n].clone()
+        results.append(Result(method, own_scores, ood, *parts))  # a clone does not keep the batch
+    return results

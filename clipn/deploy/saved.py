@@ -8,8 +8,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from clipn.config.schema import ProbeConfig
-from clipn.methods.registry import MethodInputs, save_probes
+from clipn.config.schema import ProbeConfig, TagoodConfig
+from clipn.methods.registry import MethodInputs, save_fits
+from clipn.methods.tokens import open_tokens
 from clipn.model.checkpoint import write_safetensors
 from clipn.model.clipn import CLIPN
 from clipn.model.hashing import weights_hash
@@ -17,8 +18,8 @@ from clipn.model.weights import WEIGHTS
 from clipn.runtime.files import atomic_write
 
 SETTINGS = "detector.json"  # written last: a folder without it is incomplete
-_TRAINING = "training.safetensors"  # features [M, D], tower [M, W] and labels [M] of the training images
-_PROBES = "probes"
+_TRAINING = "training.safetensors"  # features [M, D], tower [M, W], labels [M] and tokens of the training images
+_FOLDERS = {"probe_folder": "probes", "tagood_folder": "tagood"}
 _FORMAT = 1
 _TYPES = {"class_names": list, "templates": list, "method": str, "scale": float, "fitted": bool}
 
@@ -37,12 +38,18 @@ def write_detector(folder: str | Path, inputs: MethodInputs, settings: dict[str,
     write_safetensors(model.published_state(), facts, folder / WEIGHTS)
     if inputs.train is not None:
         columns = {"features": inputs.train, "tower": inputs.train_tower, "labels": inputs.labels}
+        if inputs.tokens:
+            selected = inputs.tokens.selected
+            columns |= {"tokens": selected.values[:], "count": selected.counts}
+            columns |= {"image": inputs.tokens.image[:], "tagged": inputs.tokens.tagged}
         with atomic_write(folder / _TRAINING) as file:
-            file.write(save({name: value.cpu() for name, value in columns.items() if value is not None}))
-        save_probes(inputs, folder / _PROBES)
-    settings = settings | {"format": _FORMAT, "fitted": inputs.train is not None, "probe": vars(inputs.probe)}
+            file.write(save({name: value.cpu().contiguous() for name, value in columns.items() if value is not None}))
+        save_fits(inputs, *(folder / name for name in _FOLDERS.values()))
+    settings = settings | {"format": _FORMAT, "fitted": inputs.train is not None, "image_tower": _tower_hash(model)}
+    settings |= {"probe": vars(inputs.probe), "tagood": vars(inputs.tagood)}
+    settings |= {"tagger": _hash(inputs.tagger.identity) if inputs.tokens else None}
     with atomic_write(folder / SETTINGS) as file:
-        file.write(json.dumps(settings | {"image_tower": _tower_hash(model)}, indent=2).encode())
+        file.write(json.dumps(settings, indent=2).encode())
 
 
 def read_settings(folder: str | Path) -> dict[str, Any] | None:
@@ -76,17 +83,29 @@ def read_training(folder: str | Path, settings: dict[str, Any], model: CLIPN) ->
         raise ValueError(f"{folder}: {reason} ({own[:12]}); fit and save it again")
     try:
         columns = load_file(file)
-        features, tower, labels = columns["features"], columns["tower"], columns.get("labels")
+        features, tower, labels = columns.pop("features"), columns.pop("tower"), columns.pop("labels", None)
         if not len(features) == len(tower) == (len(tower) if labels is None else len(labels)):
             raise ValueError("columns of different lengths")
-        probe = ProbeConfig(**settings["probe"])
+        learned = {"probe": ProbeConfig(**settings["probe"]), "tagood": TagoodConfig(**settings["tagood"])}
+        learned |= {"tokens": open_tokens([columns], model.logit_scale.device) if columns else None}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not whole ({error}); fit and save the detector again") from error
-    training = {"train": features, "train_tower": tower.to(model.logit_scale.device), "labels": labels}
-    return training | {"probe": probe, "probe_folder": Path(folder) / _PROBES}
+    learned |= {"train": features, "train_tower": tower.to(model.logit_scale.device), "labels": labels}
+    return learned | {name: Path(folder) / subfolder for name, subfolder in _FOLDERS.items()}
+
+
+def check_tokens(folder: str | Path, settings: dict[str, Any], inputs: MethodInputs) -> None:
+    """Raise ValueError where a saved Detector's tokens were chosen by another tagger than the inputs'."""
+    if inputs.tokens and _hash(inputs.tagger.identity) != settings["tagger"]:
+        reason = "its tokens were chosen by another tagger, of another base, no tower or class names"
+        raise ValueError(f"{folder}: {reason}; fit and save it again")
 
 
 def _tower_hash(model: CLIPN) -> str:
     """The hash of all that features of images depend on."""
     facts = json.dumps([model.architecture, dict(model.preprocess)], sort_keys=True)
-    return hashlib.sha256(f"{weights_hash(model.base.visual)} {facts}".encode()).hexdigest()
+    return _hash(f"{weights_hash(model.base.visual)} {facts}")
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,13 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from clipn.config.schema import ProbeConfig, TagoodConfig
 from clipn.methods.registry import METHOD_NAMES, METHODS, MethodInputs
 from clipn.methods.scoring import Scorer, lacking, make_scorer
 
-DETECTOR_METHODS = tuple(  # the others need words or tokens, which only evaluations have
-    name
-    for name in METHOD_NAMES
-    if name not in METHODS or METHODS[name].takes != "tags" and not {"words", "tokens"} & {*METHODS[name].needs}
+DETECTOR_METHODS = tuple(  # the others need words
+    name for name in METHOD_NAMES if name not in METHODS or "words" not in METHODS[name].needs
 )
 _LEARNS = "method %s learns from in-distribution images%s: call detector.fit(%s)"
 
@@ -36,14 +35,23 @@ def make_state(method: str, templates: Sequence[str], inputs: MethodInputs) -> S
 
 
 def learned(state: State, class_names: Sequence[str], templates: Sequence[str]) -> dict[str, Any]:
-    """The fields of MethodInputs that hold for other class names and templates too. Labels need the same names."""
-    inputs, same_names = state.inputs, list(class_names) == list(state.inputs.class_names)
-    kept = {name: getattr(inputs, name) for name in ("train", "train_tower", "probe", "probe_folder")}
-    if same_names:
-        kept["labels"] = inputs.labels
-    if same_names and tuple(templates) == state.templates:
-        kept["results"] = inputs.results
-    return kept
+    """The fields of MethodInputs that hold for other class names and templates too."""
+    kept = ["train", "train_tower", "probe", "probe_folder", "tagood", "tagood_folder"]
+    if list(class_names) == list(state.inputs.class_names):
+        kept.append("labels")  # they number these names
+        if tuple(templates) == state.templates:
+            kept += ["tokens", "results"]
+    return {name: getattr(state.inputs, name) for name in kept}
+
+
+def unfitted(inputs: MethodInputs, settings: ProbeConfig | TagoodConfig | None) -> MethodInputs:
+    """Inputs of the same classes that have learned nothing yet, with these settings in place of theirs."""
+    names = {ProbeConfig: "probe", TagoodConfig: "tagood"}
+    if settings is not None and type(settings) not in names:
+        raise ValueError(f"settings={settings!r}: expected ProbeConfig or TagoodConfig")
+    own = {name: getattr(inputs, name) for name in names.values()}
+    own |= {} if settings is None else {names[type(settings)]: settings}
+    return MethodInputs(inputs.model, inputs.head, inputs.class_names, inputs.scale, **own)
 
 
 def check_method(method: str, scale: float) -> None:

@@ -1,12 +1,14 @@
 """What a Detector keeps of in-distribution training images: their features and labels."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clipn.features.store import Columns
+from clipn.methods.tokens import open_tokens
 from clipn.model.clipn import CLIPN
 
 log = logging.getLogger(__name__)
@@ -19,16 +21,18 @@ def encode_training(
     labels: Sequence[int | str] | None,
     class_names: Sequence[str],
     on_error: str = "raise",
+    find_tokens: Callable[[Tensor], Columns] | None = None,
 ) -> dict[str, Any]:
     """The fields of MethodInputs that describe training images: train [M, D], train_tower [M, W], labels [M] or None.
 
     batches: normalised images [3, H, W], or the errors of unreadable ones. labels: a number or a name for each image.
-    on_error: "raise", or "skip" to leave unreadable images out with a warning.
+    on_error: "raise", or "skip" to leave unreadable images out with a warning. find_tokens: images [B, 3, H, W] -> the
+    columns of `open_tokens`, which are then the field `tokens`.
 
     Raises ValueError for no images, and for labels that are not the classes' or of another number.
     """
     numbers = None if labels is None else _numbers(labels, class_names)
-    features, tower, kept, total = [], [], [], 0
+    features, tower, tokens, kept, total = [], [], [], [], 0
     for batch in batches:
         for image in batch:
             if not isinstance(image, Exception):
@@ -38,17 +42,21 @@ def encode_training(
             else:
                 log.warning("left out: %s", image)
             total += 1
-        pixels = [image for image in batch if isinstance(image, Tensor)]
-        if pixels:
-            parts = model.encode_image_with_tower(torch.stack(pixels).to(model.logit_scale.device))
-            features.append(parts[0].cpu())
-            tower.append(parts[1])
+        images = [image for image in batch if isinstance(image, Tensor)]
+        if images:
+            pixels = torch.stack(images).to(model.logit_scale.device)
+            of_images, outputs = model.encode_image_with_tower(pixels)
+            features.append(of_images.cpu())
+            tower.append(outputs)
+            if find_tokens:
+                tokens.append(find_tokens(pixels))
     if not kept:
         raise ValueError(f"fit: expected in-distribution images, got {total}, none of them readable")
     if numbers is not None and len(numbers) != total:
         raise ValueError(f"fit: {len(numbers)} labels for {total} images")
     labels = None if numbers is None else numbers[kept]
-    return {"train": torch.cat(features), "train_tower": torch.cat(tower), "labels": labels}
+    training = {"train": torch.cat(features), "train_tower": torch.cat(tower), "labels": labels}
+    return training | {"tokens": open_tokens(tokens, model.logit_scale.device) if find_tokens else None}
 
 
 def _numbers(labels: Sequence[int | str], class_names: Sequence[str]) -> Tensor:

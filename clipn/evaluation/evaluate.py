@@ -145,15 +145,14 @@ def _add_training_images(config: Config, inputs: MethodInputs, images: ImageSet,
     """Give the methods the features, the tower's outputs and the labels of ID training images."""
     tower = bool(methods_that_need("tower", config.eval.methods))
     images, features, columns = next(image_set_features(config, inputs.model, [images], tower=tower))
-    outputs, labels = columns.get("tower"), torch.tensor(images.labels) if images.labels else None
+    inputs.train, inputs.train_tower = features, columns.get("tower")
+    inputs.labels = torch.tensor(images.labels) if images.labels else None
     if methods_that_need("tokens", config.eval.methods):
         inputs.tokens = training_tokens(config, inputs.tagger, images)
     if unused:
-        kept = torch.tensor([number for number, path in enumerate(images.paths) if path not in unused])
-        features = features[kept]
-        outputs, labels = (rows if rows is None else rows[kept.to(rows.device)] for rows in (outputs, labels))
-        inputs.tokens = inputs.tokens and inputs.tokens.subset(kept)
-    inputs.train, inputs.train_tower, inputs.labels = features, outputs, labels
+        inputs.use_only(torch.tensor([number for number, path in enumerate(images.paths) if path not in unused]))
+    if config.eval.train_filter:
+        inputs.use_kept_by(config.eval.train_filter)
 
 
 def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodInputs) -> dict[str, SetScores]:

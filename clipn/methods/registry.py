@@ -28,6 +28,7 @@ from clipn.methods.probe import (
 )
 from clipn.methods.probe_scores import logit_distances, nearest_cosine, probe_atd, probe_ctw, probe_energy_clipn
 from clipn.methods.taggers import Tagger, make_tagger
+from clipn.methods.tagood_fit import stored_tagood
 from clipn.methods.tokens import ROWS, TagScore, TrainingTokens, fit_row
 from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN
@@ -70,6 +71,23 @@ class MethodInputs:
     def classes(self) -> int:
         """The number of classes C."""
         return len(self.head.weight_yes)
+
+    def use_only(self, numbers: Tensor) -> None:
+        """Leave out all training images but these."""
+        self.train = self.train[numbers]
+        rows = (self.train_tower, self.labels)
+        self.train_tower, self.labels = (x if x is None else x[numbers.to(x.device)] for x in rows)
+        self.tokens = self.tokens and self.tokens.subset(numbers)
+
+    def use_kept_by(self, decision: str) -> None:
+        """Leave out the training images that a decision, CTW or ATD, calls OOD. Raises ValueError if none is left."""
+        blocks = (block.to(self.head.weight_yes.device) for block in self.train.split(_ROWS))
+        says_ood = torch.cat([DECISIONS[decision](*self.head(block, self.scale)).cpu() for block in blocks])
+        kept = (~says_ood).nonzero()[:, 0]
+        log.info("train_filter=%s keeps %d of %d training images", decision, len(kept), len(says_ood))
+        if not len(kept):
+            raise ValueError(f"train_filter={decision}: calls each of the {len(says_ood)} training images OOD")
+        self.use_only(kept)
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:
         """The result of `compute`, computed once for all methods that ask for this key."""
@@ -121,9 +139,6 @@ def _fitted(inputs: MethodInputs, kind: str) -> _Fitted:
             raise ValueError(f"{kind}: the {lacks} of the training images are missing")
         if kind == "PLP":
             labels = _pseudo_labels(inputs)
-            if settings.keep:
-                kept = _kept_by_clipn(inputs)
-                tower, labels = tower[kept.to(tower.device)], labels[kept]
         elif settings.shots:
             chosen = draw_shots(labels, settings.shots, settings.seed)
             tower, labels = tower[chosen.to(tower.device)], labels[chosen]
@@ -133,19 +148,6 @@ def _fitted(inputs: MethodInputs, kind: str) -> _Fitted:
         return _Fitted(probe, tower, labels)
 
     return inputs.once(f"probe {kind}", fit)
-
-
-def _kept_by_clipn(inputs: MethodInputs) -> Tensor:
-    """The numbers of the training images that the decision probe.keep does not call OOD; ValueError for too few."""
-    decide, device = DECISIONS[inputs.probe.keep], inputs.head.weight_yes.device
-    blocks = inputs.train.split(_ROWS)
-    says_ood = torch.cat([decide(*inputs.head(block.to(device), inputs.scale)) for block in blocks])
-    kept, setting = (~says_ood).nonzero()[:, 0], f"probe.keep={inputs.probe.keep}"
-    if len(kept) < max(inputs.classes, 2):
-        counts = f"{len(kept)} of {len(says_ood)} training images are too few for {inputs.classes} classes"
-        raise ValueError(f"PLP: {setting}: {counts}")
-    log.info("PLP: by %s, %d of %d training images are learned", setting, len(kept), len(says_ood))
-    return kept
 
 
 def _warn_of_empty_classes(inputs: MethodInputs, kind: str, labels: Tensor) -> None:
@@ -217,7 +219,8 @@ def _tag_score(kind: str, row: str, inputs: MethodInputs) -> TagScore:
         lacks = "labels" if inputs.tokens is not None else "tokens"
         raise ValueError(f"{kind}: the {lacks} of the training images are missing")
     inputs.once(f"classes of {kind}", lambda: _warn_of_empty_classes(inputs, kind, labels))
-    return fit_row(row, inputs.tokens, labels, inputs.classes, inputs.tagood, inputs.tagood_folder)
+    arguments = row, inputs.tokens, labels, inputs.classes, inputs.tagood, inputs.tagood_folder
+    return inputs.once(f"{kind} {row}", lambda: fit_row(*arguments))
 
 
 def _tag_methods(kind: str, needs: tuple[str, ...]) -> dict[str, Method]:
@@ -290,8 +293,10 @@ def make_methods(takes: str, methods: Sequence[str], inputs: MethodInputs) -> di
     return {name: METHODS[name].make(inputs) for name in methods_that_take(takes, methods)}
 
 
-def save_probes(inputs: MethodInputs, folder: str | Path) -> None:
-    """Write the probes that these inputs have been fitted to, for `MethodInputs.probe_folder`."""
+def save_fits(inputs: MethodInputs, probe_folder: str | Path, tagood_folder: str | Path) -> None:
+    """Write what these inputs have been fitted to, for their fields of these names."""
     for fitted in inputs.results.values():
         if isinstance(fitted, _Fitted):
-            stored_probe(folder, fitted.tower, fitted.labels, inputs.classes, inputs.probe, fitted.probe)
+            stored_probe(probe_folder, fitted.tower, fitted.labels, inputs.classes, inputs.probe, fitted.probe)
+        elif isinstance(fitted, TagScore) and fitted.fit:
+            stored_tagood(tagood_folder, *fitted.fit)

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipn.features.store import Columns
 from clipn.methods.probe import Rows
 from clipn.methods.registry import CLASSIFIERS, METHODS, MethodInputs, make_methods
+from clipn.methods.taggers import tag
+from clipn.methods.tokens import token_columns
 
 _ROWS = 1024  # images scored at once
 
@@ -64,14 +67,28 @@ class Scorer(NamedTuple):
 
 
 def make_scorer(method: str, inputs: MethodInputs) -> Scorer:
-    """The scorer of a method; raises as its `make` does."""
-    takes = METHODS[method].takes
-    classify = CLASSIFIERS[takes](inputs) if takes in CLASSIFIERS else None
-    return Scorer(METHODS[method].make(inputs), takes, classify)
+    """The scorer of a method; raises as its `make` does, and for a tagger that does not read the base's images."""
+    takes, score = METHODS[method].takes, METHODS[method].make(inputs)
+    if takes == "tags":
+        tagger = inputs.tagger
+        if tagger.preprocess != inputs.model.preprocess:
+            reason = f"tagood.tagger={inputs.tagood.tagger} reads images of its own size; use `clipn eval`"
+            raise ValueError(f"{method}: {reason}")
+        return Scorer(lambda images: score(tag(tagger, images)), "images", None)
+    return Scorer(score, takes, CLASSIFIERS[takes](inputs) if takes in CLASSIFIERS else None)
 
 
 def lacking(method: str, inputs: MethodInputs) -> str | None:
-    """The first of the method's needs that is not among the inputs: "train", "tower", "labels" or "words"."""
+    """The first of the method's needs that is not among the inputs: "train", "tower", "tokens", "labels" or "words"."""
     needs = METHODS[method].needs if method in METHODS else ()
     parts = {"train": inputs.train, "tower": inputs.train_tower, "labels": inputs.labels, "words": inputs.words}
+    parts |= {"tokens": inputs.tokens}
     return next((need for need in needs if need in parts and parts[need] is None), None)
+
+
+def token_finder(method: str, inputs: MethodInputs) -> Callable[[Tensor], Columns] | None:
+    """A function of training images [B, 3, H, W] -> the columns of `open_tokens`; None if it needs no tokens."""
+    if method not in METHODS or "tokens" not in METHODS[method].needs:
+        return None
+    tagger = inputs.tagger
+    return lambda images: token_columns(tag(tagger, images), inputs.tagood)

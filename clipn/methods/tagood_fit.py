@@ -74,18 +74,24 @@ def fit_tagood(
 
 
 def stored_tagood(
-    folder: str | Path, tokens: RaggedRows, labels: Tensor, num_classes: int, settings: TagoodConfig
+    folder: str | Path,
+    tokens: RaggedRows,
+    labels: Tensor,
+    num_classes: int,
+    settings: TagoodConfig,
+    fitted: Fitted | None = None,
 ) -> Fitted:
     """The fit in a folder of the same tokens, labels and settings; makes and writes it if missing.
 
-    Rank 0 fits, and resumes a fit that was stopped. Raises ValueError as `fit_tagood` does, and for a damaged file.
+    fitted: what was fitted to them already. Rank 0 fits, and resumes a fit that was stopped. Raises ValueError as
+    `fit_tagood` does, and for a damaged file.
     """
     _check(tokens, labels, num_classes)
     device = tokens.values.device
     path = Path(folder) / f"{_fit_hash(tokens, labels, num_classes, settings)}.safetensors"
     if is_main() and not path.is_file():
         unfinished = path.with_suffix(".unfinished")
-        fitted = fit_tagood(tokens, labels, num_classes, settings, unfinished)
+        fitted = fitted or fit_tagood(tokens, labels, num_classes, settings, unfinished)
         with atomic_write(path) as file:
             state = fitted.projector.state_dict() | {"centres": fitted.centres}
             file.write(save({name: value.cpu().contiguous() for name, value in state.items()}))

@@ -60,6 +60,7 @@ class TagScore(nn.Module):
         super().__init__()
         self.settings, self.encoder, self.whole = settings, encoder, whole
         self.register_buffer("centres", centres)
+        self.fit: tuple[Any, ...] | None = None  # the arguments of `stored_tagood`, if this was fitted
 
     @torch.no_grad()
     def forward(self, tags: Tags) -> Tensor:
@@ -100,10 +101,13 @@ def fit_row(
     else:
         settings_of_fit = replace(settings, centre_weight=0.0) if row == "CE" else settings
         arguments = sets, labels, num_classes, settings_of_fit
-        encoder, centres = stored_tagood(folder, *arguments) if folder else fit_tagood(*arguments)
+        fitted = stored_tagood(folder, *arguments) if folder else fit_tagood(*arguments)
+        encoder, centres = fitted
         if row == "CE":  # its own centres move slowly and have not drawn the features near
             centres = class_means(encoder, sets, labels, num_classes, settings.groups)
-    return TagScore(settings, encoder, centres[labels.unique().to(centres.device)], whole=row == "image")
+    score = TagScore(settings, encoder, centres[labels.unique().to(centres.device)], whole=row == "image")
+    score.fit = None if row == "mean" else (*arguments, fitted)
+    return score
 
 
 def token_columns(tags: Tags, settings: TagoodConfig) -> Columns:
