@@ -28,7 +28,8 @@ NAMED = Path(__file__).with_name("configs") / "ablations" / "paper.yaml"
 # Settings that a base CLIP's training does not depend on.
 NOT_OF_THE_BASE = (
     *("eval.", "probe.", "tagood.", "features."),
-    *("model.num_prompts", "train.itbo_", "train.tso_", "data.source"),
+    *("model.num_prompts", "model.no_tower", "model.adapter_width", "model.bias"),
+    *("train.itbo_", "train.tso_", "data.source"),
 )
 # Settings that change the stored features.
 OF_THE_FEATURES = ("world.", "base", "model.name", "model.pretrained", "data.", "features.")

@@ -7,11 +7,17 @@ from torch.utils.checkpoint import checkpoint
 
 
 def itbo_loss(
-    image: Tensor, yes: Tensor, no: Tensor, logit_scale: Tensor | float, first: int = 0, block: int = 2**22
+    image: Tensor,
+    yes: Tensor,
+    no: Tensor,
+    logit_scale: Tensor | float,
+    first: int = 0,
+    block: int = 2**22,
+    bias: Tensor | float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Image-text binary-opposite loss (ITBO): returns its matched and its unmatched term, two scalars.
 
-    With d[i, j] = s (f_i . n_j - f_i . g_j), the terms are the means over the texts j of softplus(d[j, j]) and of
+    With d[i, j] = s (f_i . n_j - f_i . g_j) + b, the terms are the means over the texts j of softplus(d[j, j]) and of
     softplus(-d[i, j]) over the other B - 1 images i. If each rank has equally many texts, the mean of the terms over
     ranks is that of the joined batch, so ranks exchange only `image`.
 
@@ -20,6 +26,7 @@ def itbo_loss(
     logit_scale: the temperature s, not its log.
     block: the largest number of margins in memory; a larger matrix is computed in blocks, and again in the backward
         pass.
+    bias: b, which the paper does not have.
 
     Raises ValueError for fewer than two images.
     """
@@ -28,21 +35,24 @@ def itbo_loss(
     with torch.autocast(image.device.type, enabled=False):
         image, difference = image.float(), no.float() - yes.float()
         texts = len(difference)
-        matched = F.softplus(logit_scale * (image[first : first + texts] * difference).sum(dim=1)).mean()
+        own = (image[first : first + texts] * difference).sum(dim=1)
+        matched = F.softplus(logit_scale * own + bias).mean()
         width = max(1, block // len(image))
         recompute = width < texts and torch.is_grad_enabled()
         unmatched = difference.new_zeros(())
         for start in range(0, texts, width):
-            part = (image, difference[start : start + width], logit_scale, first + start)
+            part = (image, difference[start : start + width], logit_scale, bias, first + start)
             unmatched = unmatched + (
                 checkpoint(_unmatched_sum, *part, use_reentrant=False) if recompute else _unmatched_sum(*part)
             )
         return matched, unmatched / (texts * (len(image) - 1))
 
 
-def _unmatched_sum(image: Tensor, difference: Tensor, logit_scale: Tensor | float, first: int) -> Tensor:
+def _unmatched_sum(
+    image: Tensor, difference: Tensor, logit_scale: Tensor | float, bias: Tensor | float, first: int
+) -> Tensor:
     """The sum of softplus(-d[i, j]) over texts j and all images i but each text's own, first + j."""
-    margin = logit_scale * image @ difference.T  # d: [B, b]
+    margin = (logit_scale * image @ difference.T).add_(bias)  # d: [B, b]
     columns = torch.arange(len(difference), device=image.device)
     return F.softplus(-margin).index_put((columns + first, columns), margin.new_zeros(())).sum()
 

@@ -3,6 +3,7 @@
 Modes: plain     the method without optimisations: every tower over all 77 positions, and a loss of two logits per pair
        online    the step of data.source=pairs, without reading the pairs
        features  the step of data.source=features
+       adapter   the same with model.no_tower=adapter and model.bias=true, rows drawn at random
        extract   encoding pairs for data.source=features, from memory
        evaluate  encoding images for `clipn eval`, from memory
        rescore   every score of 90 000 image features and 1 000 classes
@@ -22,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from clipn.config.schema import PRECISIONS, Config, ModelConfig, ProbeConfig, Ru
 from clipn.data.image_sets import ImageSet
 from clipn.data.shards import CAUSES
 from clipn.evaluation.evaluate import score_features
+from clipn.features.columns import DenseColumn
 from clipn.features.pairs import pair_encoder
 from clipn.methods.probe import Probe, fit_probe
 from clipn.model.base import context_length
@@ -49,9 +52,11 @@ from clipn.training.loop import Run
 from clipn.training.objectives import ClipnObjective
 
 STEPS = ("plain", "online", "features")
+TIMED = (*STEPS, "adapter", "extract", "evaluate")
 FITS = ("probe", "sklearn")
-MODES = (*STEPS, "extract", "evaluate", "rescore", *FITS)
-CC3M_PAIRS, RESCORED_IMAGES, RESCORED_CLASSES = 2_891_445, 90_000, 1000
+MODES = (*TIMED, "rescore", *FITS)
+CC3M_PAIRS, ADAPTER_ROWS = 2_891_445, 2**16
+RESCORED_IMAGES, RESCORED_CLASSES = 90_000, 1000
 PROBE_IMAGES, PROBE_WIDTH, PROBE_CLASSES, PROBE_EPOCHS = 50_000, 768, 100, 100
 
 
@@ -102,10 +107,10 @@ def measure(
     arguments: argparse.Namespace, device: torch.device, precision: str, batch_size: int, peak: float
 ) -> list[dict[str, Any]]:
     """Results of every mode of a batch, at one batch size."""
-    if not set(arguments.mode) - {"rescore", *FITS}:
+    if not set(arguments.mode) & {*TIMED}:
         return []
     work = build_work(arguments, device, precision, batch_size)
-    work = {mode: step for mode, step in work.items() if mode in arguments.mode}
+    work = {mode: work[mode] for mode in TIMED if mode in arguments.mode}
     flops = {mode: count_flops(step) for mode, step in work.items()}  # a first warm-up
     times: dict[str, list[float]] = {mode: [] for mode in work}
     memory: dict[str, dict[str, int]] = {}
@@ -130,7 +135,9 @@ def measure(
         )
         if mode in STEPS and "plain" in times:
             results[-1]["speed_up_over_plain"] = statistics.median(times["plain"]) / median
-        if mode == "features":
+        if mode == "adapter" and "features" in times:
+            results[-1]["speed_up_over_features"] = statistics.median(times["features"]) / median
+        if mode in ("features", "adapter"):
             results[-1]["minutes_for_10_epochs_of_cc3m"] = 10 * CC3M_PAIRS / results[-1]["pairs_per_s"] / 60
         print_row(results[-1])
     return results
@@ -160,6 +167,7 @@ def build_work(
     stored = {name: F.normalize(torch.randn(batch_size, dim, device=device), dim=-1).half() for name in ("f", "g")}
     features = {"image_features": stored["f"], "yes_features": stored["g"]}
     encode = pair_encoder(objective.model, precision, torch.float16)
+    adapter = adapter_step(config, device, dim, counters) if "adapter" in arguments.mode else None
 
     @torch.inference_mode()
     def evaluate() -> None:
@@ -174,9 +182,25 @@ def build_work(
         "plain": lambda: plain_step(objective, run.optimizer, precision, images, tokens.to(device)),
         "online": lambda: run.take_step({"image": images, "tokens": tokens, **counters}),
         "features": lambda: run.take_step({**features, "tokens": tokens, **counters}),
+        "adapter": adapter,
         "extract": extract,
         "evaluate": evaluate,
     }
+
+
+def adapter_step(config: Config, device: torch.device, dim: int, counters: dict[str, Tensor]) -> Callable[[], None]:
+    """The step of an adapter, which draws its batch from stored features."""
+    config = replace(config, model=replace(config.model, no_tower="adapter", bias=True))
+    run = Run(config, ClipnObjective(config, device), device)
+    run.steps_per_epoch = 10**6
+    parts = [{name: F.normalize(torch.randn(ADAPTER_ROWS, 1, dim), dim=-1).half() for name in ("image", "yes")}]
+    columns = {f"{name}_features": DenseColumn(parts, name, device) for name in parts[0]}
+
+    def step() -> None:
+        rows = torch.randint(ADAPTER_ROWS, (config.train.batch_size,))
+        run.take_step({name: column.take(rows, 0) for name, column in columns.items()} | counters)
+
+    return step
 
 
 def plain_step(
@@ -332,6 +356,8 @@ def print_row(result: dict[str, Any]) -> None:
     words += [f"{result['ms_per_step']:9.1f} ms", memory, f"utilisation {100 * result['utilisation']:.0f} %"]
     if "speed_up_over_plain" in result:
         words.append(f"{result['speed_up_over_plain']:.1f} x plain")
+    if "speed_up_over_features" in result:
+        words.append(f"{result['speed_up_over_features']:.1f} x features")
     if "minutes_for_10_epochs_of_cc3m" in result:
         words.append(f"10 epochs of CC3M: {result['minutes_for_10_epochs_of_cc3m']:.0f} min")
     print(", ".join(word for word in words if word))

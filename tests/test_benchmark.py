@@ -16,7 +16,7 @@ def test_every_mode_is_timed_and_written(small_config, tmp_path, capsys, monkeyp
     arguments = ["--model", small_config, "--batch-size", "4", "6", "--rounds", "2", "--device", "cpu"]
     benchmark.main([*arguments, "--json", str(tmp_path / "times.json")])
     results = json.loads((tmp_path / "times.json").read_text())["results"]
-    modes = ["plain", "online", "features", "extract", "evaluate"]
+    modes = ["plain", "online", "features", "adapter", "extract", "evaluate"]
     assert [(row["mode"], row["batch_size"]) for row in results[:-3]] == [(m, b) for b in (4, 6) for m in modes]
     for row in results[:-3]:
         assert row["pairs_per_s"] == pytest.approx(1000 * row["batch_size"] / row["ms_per_step"])
@@ -25,7 +25,8 @@ def test_every_mode_is_timed_and_written(small_config, tmp_path, capsys, monkeyp
     assert all(row["seconds"] > 0 for row in results[-3:])
     assert results[-1]["objective"] < results[-2]["objective"], "scikit-learn finds the optimum"
     assert "times.json" in capsys.readouterr().out
-    flops = {row["mode"]: row["model_flops_per_step"] for row in results[:3]}
+    flops = {row["mode"]: row["model_flops_per_step"] for row in results[:4]}
+    assert results[3]["speed_up_over_features"] > 0 and flops["adapter"] < flops["features"]
     assert flops["features"] < flops["online"] < flops["plain"]
 
 

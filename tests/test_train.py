@@ -12,6 +12,7 @@ from conftest import architecture, write_clipn
 from helpers import files, numbered_samples, write_shard
 from test_model import FAMILIES
 
+import clipn.model.no_text
 import clipn.model.packed_text
 import clipn.training.objectives
 from clipn.config.loading import load_config
@@ -205,7 +206,7 @@ def test_micro_batches_are_the_whole_batch(config_file, tmp_path, source, sizes)
 
 def test_a_micro_batch_is_all_that_a_tower_reads_at_once(config_file, monkeypatch):
     sizes, read = [], clipn.training.objectives.text_features
-    for module in (clipn.model.clipn, clipn.training.objectives):
+    for module in (clipn.model.clipn, clipn.model.no_text):
         monkeypatch.setattr(module, "text_features", lambda *args: sizes.append(len(args[1])) or read(*args))
     train(load_config(config_file, ["train.micro_batch_size=4", "train.epochs=1"]))
     assert sizes == 3 * [4, 2, 4, 2], "the yes tower, and the no tower"

@@ -73,7 +73,9 @@ def base_config(config: Config) -> Config | None:
         own.train.resume = "auto"  # a path is meant for the run itself
     # Settings that only CLIPN's own training reads have their defaults, so that runs which differ in them share a base.
     own.data.source, own.train.micro_batch_size = "pairs", None
-    own.features, own.model.num_prompts = FeaturesConfig(), ModelConfig().num_prompts
+    own.features = FeaturesConfig()
+    for key in ("num_prompts", "no_tower", "adapter_width", "bias"):
+        own.model[key] = getattr(ModelConfig(), key)
     for key in ("itbo_weight", "tso_weight", "tso_kind"):
         own.train[key] = getattr(TrainConfig(), key)
     tree = _merge(_merge(OmegaConf.structured(Config), own, "base"), OmegaConf.create(config.base), "base")

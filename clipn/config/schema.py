@@ -10,6 +10,7 @@ OBJECTIVES = ("clipn", "clip")
 PRECISIONS = ("fp32", "bf16", "fp16")
 TSO_KINDS = ("l2", "cosine")
 WORLDS = ("toy", "photos")
+NO_TOWERS = ("tower", "adapter")
 SOURCES = ("pairs", "features")
 FEATURE_DTYPES = ("float16", "float32")
 SOLVERS = ("adam", "lbfgs")
@@ -82,19 +83,29 @@ class WorldConfig(_Section):
 
 @dataclass
 class ModelConfig(_Section):
-    """The base CLIP, and the number of prompts that CLIPN adds to it."""
+    """The base CLIP, and what CLIPN adds to it: a no tower with prompts, or an adapter."""
 
     name: str = "ViT-B-16"  # open_clip name, or a path to a JSON model config
     pretrained: str | None = None  # open_clip tag, or a path to a checkpoint
     num_prompts: int = 16  # 0: the hand-crafted variant, which reads negated captions
     image_mean: list[float] | None = None  # only for a checkpoint without statistics of its own
     image_std: list[float] | None = None
+    no_tower: str = "tower"  # tower: a copy of the text tower with prompts | adapter: a small MLP on the yes feature
+    adapter_width: int = 512  # units of the adapter's hidden layer
+    bias: bool = False  # a learned bias b: d = s (f.n - f.g) + b
 
     def __post_init__(self) -> None:
         self._check("name", bool(self.name), "an open_clip model name or a JSON file")
         self._at_least(0, "num_prompts")
+        self._one_of("no_tower", NO_TOWERS)
+        self._at_least(1, "adapter_width")
         for name, value in (("image_mean", self.image_mean), ("image_std", self.image_std)):
             self._check(name, value is None or len(value) == 3, "three numbers, or null")
+
+    @property
+    def negated(self) -> bool:
+        """Whether the no tower reads negated captions."""
+        return self.no_tower == "tower" and self.num_prompts == 0
 
 
 @dataclass

@@ -233,7 +233,7 @@ def pair_dataset(config: Config, pairs: Pairs, preprocess: dict, tokenizer: Toke
     """The pairs with the crops and templates of `data`, every draw from `seed`."""
     data = config.data
     augmentation = Augmentation(tuple(data.crop_scale), data.flip, data.color_jitter, data.erase)
-    negated = config.train.objective == "clipn" and config.model.num_prompts == 0
+    negated = config.train.objective == "clipn" and config.model.negated
     transform = train_transform(preprocess, augmentation)
     return PairDataset(pairs, transform, tokenizer, data.caption_templates, negated, seed)
 

@@ -40,7 +40,8 @@ class ClassWeights:
                 if len(self._weights) + len(new) > _CAPACITY:
                     self._weights.clear()
                 self._weights |= {(templates, name): weights[name] for name in new}
-        return Head(*map(torch.stack, zip(*(weights[name] for name in class_names), strict=True)))
+        yes_and_no = map(torch.stack, zip(*(weights[name] for name in class_names), strict=True))
+        return Head(*yes_and_no, self._model.cosine_bias)
 
     def _warn_of_truncation(self, names: Sequence[str], templates: Sequence[str]) -> None:
         length = context_length(self._model.architecture)

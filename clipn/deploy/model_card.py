@@ -21,7 +21,7 @@ _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 # The settings that describe training and evaluation to others. Only those of _PATHS hold paths.
 _PUBLIC = {
     "run": "seed",
-    "model": "num_prompts image_mean image_std",
+    "model": "num_prompts no_tower bias image_mean image_std",
     "data": "source shards num_pairs caption_templates crop_scale flip color_jitter erase",
     "features": "views dtype seed",
     "train": "objective epochs batch_size lr betas eps weight_decay warmup_steps "

@@ -1,4 +1,4 @@
-"""Share the no tower and prompts alone, with a model card; merge a shared file with its base again."""
+"""Share the no tower and prompts, or the adapter, alone, with a model card; merge a shared file with its base again."""
 
 import shlex
 from dataclasses import dataclass
@@ -55,6 +55,9 @@ def share_weights(source: str | Path, folder: str | Path, options: ShareOptions 
         "base_sha256": base_hash(model.published_state()),
         "architecture": model.architecture,
         "preprocess": dict(model.preprocess) if content.get("preprocess") else None,
+        "no_tower": model.no_tower,
+        "num_prompts": model.num_prompts,
+        "bias": None if model.no_text.bias is None else float(model.no_text.bias.detach()),
         "parameters": sum(value.numel() for value in shared.values()),
         "dtype": options.dtype,
         "license": options.license,

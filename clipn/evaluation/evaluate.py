@@ -29,8 +29,8 @@ from clipn.methods.scoring import ClassifierScores
 from clipn.methods.taggers import check_tagger
 from clipn.methods.tokens import tag_scores, training_tokens
 from clipn.model.base import get_tokenizer
-from clipn.model.checkpoint import last_checkpoint, read_checkpoint
-from clipn.model.clipn import CLIPN, configured_model, load_model
+from clipn.model.checkpoint import last_checkpoint, no_weights, read_checkpoint
+from clipn.model.clipn import CLIPN, check_no_tower, configured_model, load_model
 from clipn.model.hashing import tensor_hash, weights_hash
 from clipn.model.head import Head, build_head
 from clipn.model.weights import find_weights
@@ -201,7 +201,8 @@ def matching_files(names: str | Sequence[str] | None) -> list[str]:
 def open_models(config: Config) -> Iterator[tuple[CLIPN, int]]:
     """Each checkpoint's model, ready on the device, and the seed that it was trained with.
 
-    Without eval.checkpoints it is this run's own checkpoint, else model.pretrained: a file or an open_clip tag.
+    Without eval.checkpoints it is this run's own checkpoint, else model.pretrained: a file or an open_clip tag. Those
+    must be of the config's model.no_tower and model.bias; raises ValueError otherwise.
     """
     settings, device, last = config.model, choose_device(config.run.device), last_checkpoint(config.run.dir)
     own = [name for name in (str(last), settings.pretrained) if name and Path(name).is_file()]
@@ -217,7 +218,9 @@ def open_models(config: Config) -> Iterator[tuple[CLIPN, int]]:
         if not content.get("preprocess") and settings.image_mean is None:
             log.warning("%s does not have its image statistics: CLIP's are used (see model.image_mean)", path)
         base = settings.pretrained if settings.pretrained != path else None  # for a shared file, the no tower alone
-        model = load_model(content, path, content.get("architecture") or settings.name, settings.num_prompts, base)
+        model = load_model(content, path, content.get("architecture") or settings.name, settings, base)
+        if not config.eval.checkpoints and no_weights(content["state_dict"]):
+            check_no_tower(model, settings, path)
         model.set_statistics(settings.image_mean, settings.image_std)
         trained_with = (content.get("config") or {}).get("run") or {}
         yield model.to(device).eval(), trained_with.get("seed", config.run.seed)

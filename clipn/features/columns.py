@@ -18,7 +18,9 @@ class DenseColumn:
         size = sum(part.nbytes for part in self.parts)
         if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] / 4:
             self.parts = [torch.cat([part.to(device) for part in self.parts])]
-        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        lengths = torch.tensor([len(part) for part in self.parts])
+        self.ends = lengths.cumsum(0)
+        self.starts = self.ends - lengths
 
     def take(self, rows: Tensor, epoch: int) -> Tensor:
         """Row numbers [b] -> [b, D], of the view epoch % views."""
@@ -26,11 +28,10 @@ class DenseColumn:
         if len(self.parts) == 1:
             return self.parts[0][rows.to(self.parts[0].device), view]
         numbers = torch.bucketize(rows, self.ends, right=True)
-        values = self.parts[0].new_empty(len(rows), self.parts[0].shape[2])
-        for number in numbers.unique().tolist():
-            part, here = self.parts[number], numbers == number
-            values[here] = part[rows[here] - self.ends[number] + len(part), view]
-        return values
+        order, (used, counts) = numbers.argsort(), numbers.unique(return_counts=True)
+        inside = (rows - self.starts[numbers])[order].split(counts.tolist())
+        found = [self.parts[number][part_rows, view] for number, part_rows in zip(used.tolist(), inside, strict=True)]
+        return torch.cat([self.parts[0][:0, view], *found])[order.argsort()]  # there may be no rows
 
 
 class RaggedColumn:

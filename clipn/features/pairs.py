@@ -28,17 +28,19 @@ class PairFeatures:
     """The features of all readable pairs: one row per pair, with random access.
 
     skipped: [n, 2], number and cause of each unreadable pair. numbers: [N], the pair of each row. fingerprint: of the
-    pairs. Raises ValueError for a store without a readable pair.
+    pairs. tokens: whether batches have the captions' tokens, which an adapter does not read.
+
+    Raises ValueError for a store without a readable pair.
     """
 
-    def __init__(self, store: FeatureStore, device: torch.device) -> None:
+    def __init__(self, store: FeatureStore, device: torch.device, tokens: bool = True) -> None:
         self.skipped, parts = store.read()
         self.fingerprint: str = store.manifest["pairs"]
         self.numbers = torch.ones(store.samples, dtype=bool).index_fill(0, self.skipped[:, 0], False).nonzero()[:, 0]
         if not parts:
             raise ValueError(f"{store.folder}: none of its {store.samples} pairs is readable")
         self.image, self.yes = DenseColumn(parts, "image", device), DenseColumn(parts, "yes", device)
-        names = [name for name in ("tokens", "no_tokens") if name in parts[0]]
+        names = [name for name in ("tokens", "no_tokens") if tokens and name in parts[0]]
         self.tokens = {name: RaggedColumn(parts, name, store.manifest["context_length"]) for name in names}
 
     def __len__(self) -> int:
@@ -84,7 +86,7 @@ def pair_features(config: Config, model: CLIPN, tokenizer: Tokenizer, pairs: Pai
             # At least 1000: a few bad pairs at the start are not yet a large fraction.
             lambda skipped, seen: check_bad_fraction(len(skipped), max(seen, 1000), count_causes(skipped), data),
         )
-    features = PairFeatures(store, model.logit_scale.device)
+    features = PairFeatures(store, model.logit_scale.device, tokens=model.no_tower == "tower")
     causes = count_causes(features.skipped)
     check_bad_fraction(len(features.skipped), store.samples, causes, data)
     counts = ", ".join(f"{count} {cause}" for cause, count in causes.items()) or "none"
@@ -165,7 +167,7 @@ def _manifest(config: Config, model: CLIPN, pairs: Pairs | None) -> dict[str, An
         "weights": weights_hash(model.base.visual, model.base.text),
         "preprocess": model.preprocess,
         "context_length": context_length(model.architecture),
-        "negated": config.model.num_prompts == 0,
+        "negated": config.model.negated,
         "precision": settings.precision or config.train.precision,
         "dtype": settings.dtype,
         "views": settings.views,

@@ -2,8 +2,9 @@
 
 A file is a dict {"epoch", "name", "state_dict", ...}. The state_dict is flat: `visual.*`, the text tower's parts
 (`transformer.*`, `ln_final.*`, ...), `logit_scale`, the no tower's parts with `_no` after the first name
-(`transformer_no.*`), and `prompt_no` [P, context, width]. A plain CLIP checkpoint lacks the last two. A shared file,
-written by `clipn export share`, has only the last two, as safetensors with the rest of the dict in the header.
+(`transformer_no.*`), and `prompt_no` [P, context, width]. An adapter has `adapter_no.*` in their place. A bias is
+`bias_no` []. These two are not in the published layout. A plain CLIP checkpoint has no `*_no`. A shared file, written
+by `clipn export share`, has nothing else, as safetensors with the rest of the dict in the header.
 """
 
 import json
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from clipn.runtime.files import atomic_write
 
-PROMPTS = "prompt_no"
+PROMPTS, BIAS = "prompt_no", "bias_no"
+ADAPTER = "adapter_no."  # of names
 _SHARED_FORMAT = "1"
 _FORMAT_KEY = "clipn_format"  # in the header of a shared file
 _METADATA_TYPES = dict.fromkeys(("architecture", "preprocess", "config", "training"), dict)
@@ -41,7 +43,8 @@ def last_checkpoint(run_dir: str | Path) -> Path:
 
 def published_name(name: str) -> str:
     """The name in the published layout of a parameter of a CLIPN or of its base (module path -> flat name)."""
-    name = re.sub(r"^no_text\.tower\.(\w+)", r"\1_no", name.replace("no_text.prompts", PROMPTS))
+    name = name.replace("no_text.prompts", PROMPTS).replace("no_text.tower.", "no_text.")
+    name = re.sub(r"^no_text\.(\w+)", r"\1_no", name)
     return name.removeprefix("base.").removeprefix("text.")
 
 
@@ -56,7 +59,7 @@ def base_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def no_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a flat state_dict that CLIPN adds, the no tower and the prompts; empty for a plain CLIP."""
+    """The part of a flat state_dict that CLIPN adds: no tower and prompts, or adapter; bias. Empty for a plain CLIP."""
     return {name: value for name, value in state.items() if name.split(".")[0].endswith("_no")}
 
 

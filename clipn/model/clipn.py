@@ -1,70 +1,79 @@
-"""CLIPN: a frozen open_clip model plus a "no" text tower with learnable prompts."""
+"""CLIPN: a frozen open_clip model, and what says no: a text tower with learnable prompts, or an adapter."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from clipn.config.schema import ModelConfig
 from clipn.data.images import Transform, train_transform, val_transform
 from clipn.model.base import Architecture, build_base, build_unloaded, context_length, find_architecture
-from clipn.model.checkpoint import PROMPTS, base_weights, load_weights, no_weights, published_state, read_checkpoint
+from clipn.model.checkpoint import (
+    ADAPTER,
+    BIAS,
+    PROMPTS,
+    base_weights,
+    load_weights,
+    no_weights,
+    published_state,
+    read_checkpoint,
+)
 from clipn.model.hashing import base_hash
-from clipn.model.packed_text import compile_text, is_standard, text_features, token_embedding
+from clipn.model.no_text import NoAdapter, NoTextTower
+from clipn.model.packed_text import compile_text, text_features
 
-
-class NoTextTower(nn.Module):
-    """The "no" text tower: a full copy of a text tower, and P prompts that are added to its input embeddings.
-
-    prompts: [P, context_length, width], zero at the start (CLIPN, section 3.2), or None for P = 0.
-    """
-
-    def __init__(self, text: nn.Module, num_prompts: int, context_length: int) -> None:
-        super().__init__()
-        self.tower = copy.deepcopy(text).requires_grad_(True)
-        width = token_embedding(self.tower).embedding_dim
-        prompts = nn.Parameter(torch.zeros(num_prompts, context_length, width)) if num_prompts else None
-        self.register_parameter("prompts", prompts)
-
-    def forward(self, tokens: Tensor, choice: Tensor | None = None) -> Tensor:
-        """Token ids [B, L] -> features [B, D], float32, L2-normalised.
-
-        choice: [B] integers in 0..P, each caption's prompt; P is the mean prompt, and None is P for all.
-        """
-        prompts = self.prompts
-        if prompts is not None:
-            mean = prompts.mean(dim=0, keepdim=True)
-            prompts = mean if choice is None else torch.cat([prompts, mean])
-        return text_features(self.tower, tokens, prompts, choice)
-
-    def recompute_activations(self) -> None:
-        """Trade time for memory: keep only each block's input. Raises ValueError for a tower that cannot."""
-        if isinstance(self.tower, TextTransformer) and not is_standard(self.tower):
-            raise ValueError("train.grad_checkpointing: open_clip cannot recompute this text tower's blocks")
-        self.tower.set_grad_checkpointing(True)
+log = logging.getLogger(__name__)
 
 
 class CLIPN(nn.Module):
-    """The frozen base CLIP (image tower, "yes" text tower, temperature) and the "no" text tower.
+    """The frozen base CLIP (image tower, "yes" text tower, temperature) and the "no" text tower, or an adapter.
 
-    All features are [B, D], float32, L2-normalised. num_prompts: P; 0 for the hand-crafted variant.
+    All features are [B, D], float32, L2-normalised. num_prompts: P; 0 for the hand-crafted variant and the adapter.
+    no_tower: "tower", or "adapter" with a hidden layer of adapter_width units. bias: whether d has a learned bias b.
     """
 
-    def __init__(self, base: nn.Module, num_prompts: int, architecture: Architecture) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        num_prompts: int,
+        architecture: Architecture,
+        no_tower: str = "tower",
+        bias: bool = False,
+        adapter_width: int = 512,
+    ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.architecture, self.num_prompts = architecture, num_prompts
-        self.no_text = NoTextTower(base.text, num_prompts, context_length(architecture))
+        self.architecture, self.no_tower = architecture, no_tower
+        self.num_prompts = num_prompts if no_tower == "tower" else 0
+        if no_tower == "tower":
+            self.no_text = NoTextTower(base.text, num_prompts, context_length(architecture), bias)
+        else:
+            self.no_text = NoAdapter(architecture["embed_dim"], adapter_width, bias)
 
     @property
     def logit_scale(self) -> nn.Parameter:
         """The log of the temperature s."""
         return self.base.logit_scale
+
+    @property
+    def cosine_bias(self) -> float:
+        """b / s, the bias in units of a cosine; 0 without a bias.
+
+        Training learns b in d = s (f . n - f . g) + b, at s = exp(logit_scale). Inference at a scale S uses
+        d = S (f . n - f . g + b / s): b is scaled along, so that d is 0 at the same images and texts as in training.
+        """
+        bias = self.no_text.bias
+        return 0.0 if bias is None else float(bias.detach().float() / self.logit_scale.detach().float().exp())
+
+    @property
+    def reads_negated(self) -> bool:
+        """Whether the no tower reads negated captions: the hand-crafted variant."""
+        return self.no_tower == "tower" and not self.num_prompts
 
     @property
     def preprocess(self) -> dict[str, Any]:
@@ -115,14 +124,17 @@ class CLIPN(nn.Module):
         return text_features(self.base.text, tokens)
 
     def encode_no_text(self, tokens: Tensor, choice: Tensor | None = None) -> Tensor:
-        """Token ids [B, L] -> [B, D] by the "no" tower; choice: as in `NoTextTower.forward`, the mean by default."""
-        return self.no_text(tokens, choice)
+        """Token ids [B, L] -> [B, D] by the "no" tower, or by the "yes" tower and the adapter.
+
+        choice: of the tower, as in `NoTextTower.forward`, the mean by default.
+        """
+        return self.no_text(tokens, choice) if self.no_tower == "tower" else self.no_text(self.encode_text(tokens))
 
     def compile_towers(self) -> None:
         """Apply torch.compile to the image tower and to the parts of the text towers that become faster."""
         self.base.visual.compile()
         compile_text(self.base.text)
-        compile_text(self.no_text.tower)
+        self.no_text.compile_parts()
 
     def published_state(self) -> dict[str, Tensor]:
         """The weights by their names in the published layout."""
@@ -137,44 +149,76 @@ def create_model_and_transforms(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     base: str | Path | None = None,
+    no_tower: str = "tower",
+    bias: bool = False,
+    adapter_width: int = 512,
 ) -> tuple[CLIPN, Transform, Transform]:
     """Build a CLIPN in evaluation mode and its image transforms (training, validation).
 
     model_name: an open_clip name, a path to a JSON model config, or such a config as a dict.
-    pretrained: an open_clip tag, or a path to a CLIPN or plain CLIP checkpoint. A CLIPN checkpoint has the no tower and
-        decides the number of prompts; for a plain CLIP the no tower is a copy of the text tower. None leaves the base
-        random, as open_clip does.
+    pretrained: an open_clip tag, or a path to a CLIPN or plain CLIP checkpoint. A CLIPN checkpoint has its no tower or
+        adapter, its number of prompts and its bias; for a plain CLIP the no features equal the yes features. None
+        leaves the base random, as open_clip does.
     image_mean, image_std: for a checkpoint without statistics of its own.
     base: for a shared file, which holds the no tower alone: its base CLIP, as in `load_model`.
+    no_tower, bias, adapter_width: for a plain CLIP, as in `CLIPN`. A CLIPN checkpoint without a bias gets one, 0, if
+        `bias` asks for it.
 
     Raises ValueError or FileNotFoundError for unknown names and for files that do not fit.
     """
+    settings = ModelConfig(num_prompts=num_prompts, no_tower=no_tower, bias=bias, adapter_width=adapter_width)
     if pretrained is not None and Path(pretrained).is_file():
-        model = load_model(read_checkpoint(pretrained), str(pretrained), model_name, num_prompts, base)
+        model = load_model(read_checkpoint(pretrained), str(pretrained), model_name, settings, base)
     else:
-        clip, architecture = build_base(model_name, pretrained)
-        model = CLIPN(clip, num_prompts, architecture)
+        model = _untrained(*build_base(model_name, pretrained), settings)
     model.set_statistics(image_mean, image_std)
     model.to(device).eval()
     return model, train_transform(model.preprocess), val_transform(model.preprocess)
 
 
 def configured_model(settings: ModelConfig, device: str | torch.device) -> CLIPN:
-    """The model that a config describes, as `create_model_and_transforms` builds it."""
-    statistics = (settings.image_mean, settings.image_std)
-    return create_model_and_transforms(settings.name, settings.pretrained, settings.num_prompts, device, *statistics)[0]
+    """The model that a config describes, as `create_model_and_transforms` builds it.
+
+    Raises ValueError also for a checkpoint whose no tower is not as the config says.
+    """
+    statistics, more = (settings.image_mean, settings.image_std), ("no_tower", "bias", "adapter_width")
+    arguments = settings.name, settings.pretrained, settings.num_prompts, device, *statistics
+    model = create_model_and_transforms(*arguments, **{name: getattr(settings, name) for name in more})[0]
+    check_no_tower(model, settings, f"model.pretrained={settings.pretrained}")
+    return model
+
+
+def check_no_tower(model: CLIPN, settings: ModelConfig, source: str) -> None:
+    """Raise ValueError if the no tower of a checkpoint, `source` in the message, is not what the config describes."""
+    own = {"no_tower": model.no_tower, "bias": model.no_text.bias is not None}
+    if own["no_tower"] == "adapter":
+        own["adapter_width"] = model.no_text.adapter[0].out_features
+    for name, value in own.items():
+        if value != getattr(settings, name):
+            says = f"the config says model.{name}={_text(getattr(settings, name))}"
+            raise ValueError(f"{source}: is of model.{name}={_text(value)}, but {says}")
+
+
+def _text(value: Any) -> str:
+    return str(value).lower()  # as in YAML
+
+
+def _untrained(base: nn.Module, architecture: Architecture, settings: ModelConfig) -> CLIPN:
+    """A CLIPN of this base whose no features are its yes features."""
+    return CLIPN(base, settings.num_prompts, architecture, settings.no_tower, settings.bias, settings.adapter_width)
 
 
 def load_model(
     content: dict[str, Any],
     source: str,
     model_name: str | Architecture,
-    num_prompts: int = 16,
+    settings: ModelConfig | None = None,
     base: str | Path | None = None,
 ) -> CLIPN:
     """Build a CLIPN from the content of a checkpoint; source: the file's name in messages.
 
-    num_prompts: for a plain CLIP, whose no tower is a copy of its text tower; a CLIPN checkpoint has its own number.
+    settings: what says no beside a plain CLIP, by default a copy of its text tower with 16 prompts. A CLIPN checkpoint
+        has its own; a bias that it lacks but the settings ask for is 0, which is logged.
     base: for a shared file, an open_clip tag or a checkpoint of the base CLIP; by default the tag that the file names.
     Raises ValueError for weights that do not fit the model and for the wrong base, FileNotFoundError for no base.
     """
@@ -182,15 +226,21 @@ def load_model(
     if clipn and not base_weights(content["state_dict"]):
         content = _add_base(content, source, model_name, base)
     state = content["state_dict"]
+    settings, adapter = settings or ModelConfig(), any(name.startswith(ADAPTER) for name in state)
     saved_prompts = ((content.get("config") or {}).get("model") or {}).get("num_prompts", 0)
-    if clipn and (state[PROMPTS].ndim != 3 if PROMPTS in state else saved_prompts):
+    if clipn and not adapter and (state[PROMPTS].ndim != 3 if PROMPTS in state else saved_prompts):
         raise ValueError(f"{source}: {PROMPTS} is missing or not of the shape [prompts, context, width]")
     architecture = find_architecture(model_name)
     model = build_unloaded(architecture, content, source)
     if clipn:
-        model = CLIPN(model, len(state.get(PROMPTS, ())), architecture)
+        if settings.bias and BIAS not in state:
+            log.warning("%s has no bias, as model.bias=true asks for: it is 0", source)
+            state = state | {BIAS: torch.zeros(())}
+        hidden = state.get(f"{ADAPTER}0.bias", torch.zeros(1)).numel()
+        kind = "adapter" if adapter else "tower"
+        model = CLIPN(model, len(state.get(PROMPTS, ())), architecture, kind, BIAS in state, hidden)
     load_weights(model, state, source)
-    return model if clipn else CLIPN(model, num_prompts, architecture)  # copies the loaded text tower
+    return model if clipn else _untrained(model, architecture, settings)  # copies the loaded text tower
 
 
 def _add_base(

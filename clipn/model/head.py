@@ -17,41 +17,44 @@ _BATCH = 512  # texts encoded at once
 
 
 class Head(nn.Module):
-    """Class weights, L2-normalised: weight_yes and weight_no, each [C, D]."""
+    """Class weights, L2-normalised: weight_yes and weight_no, each [C, D]. bias: `CLIPN.cosine_bias`."""
 
     weight_yes: Tensor
     weight_no: Tensor
 
-    def __init__(self, weight_yes: Tensor, weight_no: Tensor) -> None:
+    def __init__(self, weight_yes: Tensor, weight_no: Tensor, bias: float = 0.0) -> None:
         super().__init__()
+        self.bias = bias
         self.register_buffer("weight_yes", weight_yes)
         self.register_buffer("weight_no", weight_no)
 
     def forward(self, image_features: Tensor, scale: float = 100.0) -> tuple[Tensor, Tensor]:
         """L2-normalised features [B, D] -> logits_yes, logits_no, each [B, C]: scale * cosine.
 
-        The paper's code uses scale = 100 for any logit_scale.
+        The paper's code uses scale = 100 for any logit_scale. logits_no include the bias, scale * bias, so that
+        logits_no - logits_yes is d, and no score has to add it.
         """
-        return scale * image_features @ self.weight_yes.T, scale * image_features @ self.weight_no.T
+        logits_no = scale * image_features @ self.weight_no.T + scale * self.bias
+        return scale * image_features @ self.weight_yes.T, logits_no
 
 
 @torch.no_grad()
 def build_head(model: CLIPN, tokenizer: Tokenizer, class_names: Sequence[str], templates: Sequence[str]) -> Head:
     """Encode every class name in every template with both text towers (CLIPN, section 3.4).
 
-    Per class and tower: encode, normalise, sum over templates, normalise. A model without prompts reads negated
-    templates in its no tower. templates: texts with "{}".
+    Per class and tower: encode, normalise, sum over templates, normalise. A no tower without prompts reads negated
+    templates. templates: texts with "{}".
 
     Raises ValueError for no class names, an empty class name, or a template without "{}".
     """
     templates, class_names = check_templates(templates), check_class_names(class_names)
-    no_templates = templates if model.num_prompts else [negate(template) for template in templates]
+    no_templates = [negate(template) for template in templates] if model.reads_negated else templates
     was_training = model.training
     model.eval()
     weight_yes = class_weights(model.encode_text, tokenizer, class_names, templates)
     weight_no = class_weights(model.encode_no_text, tokenizer, class_names, no_templates)
     model.train(was_training)
-    return Head(weight_yes, weight_no)
+    return Head(weight_yes, weight_no, model.cosine_bias)
 
 
 def class_weights(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from clipn.config.schema import ModelConfig
 from clipn.model.base import find_architecture
 from clipn.model.checkpoint import base_weights, last_checkpoint, no_weights, read_checkpoint
 from clipn.model.clipn import CLIPN, create_model_and_transforms, load_model
@@ -56,7 +57,7 @@ def open_model(
                 log.warning(message, file, str(model_name))
         if base and base_weights(state):
             raise ValueError(f"base={str(base)!r}: {file} holds a base of its own; leave base out")
-        model = load_model(content, str(file), architecture, num_prompts, base)
+        model = load_model(content, str(file), architecture, ModelConfig(num_prompts=num_prompts), base)
         if base_weights(state) and not content.get("preprocess"):
             log.warning("%s does not say its images' statistics: CLIP's are used", file)
     if not no_weights(state):

@@ -203,7 +203,7 @@ class Run:
             group["lr"] = learning_rate(self.step, self.total, self.config.train)
         torch.manual_seed(self.config.run.seed * 1_000_003 + self.step)  # dropout, if a tower has any
         self.optimizer.zero_grad(set_to_none=True)
-        loss, terms = self.backward(self.objective.prepare(batch, self.step))
+        loss, terms = self.backward(self.objective.prepare(batch, self.step), len(pairs))
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -214,9 +214,8 @@ class Run:
         self.last = Step(self.step, pairs, loss, grad_norm, terms)
         self.unchecked.append(self.last)
 
-    def backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The gradient of the loss over the whole batch, a micro-batch at a time; returns the loss and its terms."""
-        share = len(batch["tokens"])
+    def backward(self, batch: Batch, share: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient of the loss over a batch of `share` pairs, a micro-batch at a time; the loss and its terms."""
         size = self.config.train.micro_batch_size or share
         loss, terms = 0.0, {}
         for first in range(0, share, size):

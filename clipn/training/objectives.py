@@ -25,7 +25,9 @@ Batch = dict[str, Tensor]
 
 
 class ClipnObjective:
-    """The no tower and its prompts learn from ITBO and TSO; the base is frozen (CLIPN, section 3.3).
+    """The no tower and its prompts, or the adapter, and the bias learn from ITBO and TSO; the base is frozen.
+
+    The losses are those of CLIPN, section 3.3.
 
     `trained` holds every parameter that learns.
     """
@@ -41,14 +43,18 @@ class ClipnObjective:
             self.model.compile_towers()
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """Compute on the device what this rank's share of a batch needs once, without a gradient."""
-        tokens = batch["tokens"]
+        """Compute on the device what this rank's share of a batch needs once, without a gradient.
+
+        "yes" holds its yes features [b, D]. With an adapter, which reads them, no caption is read here.
+        """
         if "image_features" in batch:
             image, yes = (batch[name].to(self.device).float() for name in ("image_features", "yes_features"))
         else:
-            image, yes = self._frozen(batch["image"], tokens)
-        prepared = {"all_images": gather_rows(image), "yes": yes, "tokens": batch.get("no_tokens", tokens)}
-        choice = self._choice(len(tokens), step)
+            image, yes = self._frozen(batch["image"], batch["tokens"])
+        prepared = {"all_images": gather_rows(image), "yes": yes}
+        if self.model.no_tower == "adapter":
+            return prepared
+        prepared["tokens"], choice = batch.get("no_tokens", batch["tokens"]), self._choice(len(yes), step)
         return prepared if choice is None else prepared | {"choice": choice}
 
     def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,19 +62,21 @@ class ClipnObjective:
 
         `trained` is self.trained, wrapped for many ranks or not. The loss is the sum over rows, averaged over ranks.
         """
-        train, share = self.config.train, len(batch["tokens"])
-        images, yes, tokens = batch["all_images"], batch["yes"][rows], batch["tokens"][rows]
+        train, share = self.config.train, len(batch["yes"])
+        images, yes = batch["all_images"], batch["yes"][rows]
         with autocast(self.device, train.precision):
-            no = trained(tokens, batch["choice"][rows] if "choice" in batch else None)
+            no = trained(*([batch[name][rows] for name in ("tokens", "choice") if name in batch] or [yes]))
         scale = self.model.logit_scale.exp().reshape(())  # some models have it of shape [1]
-        first = rank() * share + rows.start
-        itbo_yes, itbo_no = itbo_loss(images, yes, no, scale, first=first)
+        first, bias = rank() * share + rows.start, self.model.no_text.bias
+        bias = yes.new_zeros(()) if bias is None else bias
+        itbo_yes, itbo_no = itbo_loss(images, yes, no, scale, first=first, bias=bias)
         tso = tso_loss(yes, no, train.tso_kind)
-        part = len(tokens) / share
+        part = len(yes) / share
         loss = 0.5 * part * (train.itbo_weight * (itbo_yes + itbo_no) + train.tso_weight * tso)
         terms = {"itbo_yes": itbo_yes, "itbo_no": itbo_no, "tso": tso}
-        for name, texts in (("yes", yes), ("no", no.detach())):
-            terms |= _mean_logits(images, texts, scale, first, name)
+        for name, texts, added in (("yes", yes, 0.0), ("no", no.detach(), bias.detach())):
+            logits = _mean_logits(images, texts, scale, first)
+            terms |= {f"logit_{name}_{kind}": logit + added for kind, logit in logits.items()}
         return loss, {name: part * value for name, value in terms.items()}
 
     def _frozen(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +93,9 @@ class ClipnObjective:
 
     def log_values(self) -> dict[str, float]:
         """What to log besides the loss and its terms; reading it waits for the device."""
-        prompts = self.model.no_text.prompts
-        return {} if prompts is None else {"prompt_norm": float(prompts.detach().mean(dim=0).norm())}
+        prompts, bias = self.model.no_text.prompts, self.model.no_text.bias
+        values = {} if prompts is None else {"prompt_norm": float(prompts.detach().mean(dim=0).norm())}
+        return values if bias is None else values | {"bias": float(bias.detach())}
 
     def published_state(self) -> dict[str, Tensor]:
         return self.model.published_state()
@@ -103,12 +112,12 @@ class ClipnObjective:
         return torch.from_numpy(choice[rank() * share : (rank() + 1) * share]).to(self.device, non_blocking=True)
 
 
-def _mean_logits(images: Tensor, texts: Tensor, scale: Tensor, first: int, name: str) -> dict[str, Tensor]:
+def _mean_logits(images: Tensor, texts: Tensor, scale: Tensor, first: int) -> dict[str, Tensor]:
     """The mean logits of texts [b, D] with the image of their own pair, number `first` on, and with all the others."""
     own = images[first : first + len(texts)]
     others = (images.sum(dim=0) - own) / (len(images) - 1)
     pairs = (("matched", own), ("unmatched", others))
-    return {f"logit_{name}_{kind}": scale * (texts * part).sum(dim=1).mean() for kind, part in pairs}
+    return {kind: scale * (texts * part).sum(dim=1).mean() for kind, part in pairs}
 
 
 class ClipObjective:
