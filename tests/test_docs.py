@@ -107,6 +107,13 @@ def test_the_python_of_readme_and_api(run, capsys):
     assert capsys.readouterr().out.startswith("ID score:")
 
 
+def test_an_adapter_is_trained_and_shared(run):
+    [(kind, text)] = [block for block in blocks("docs/deploy.md") if "shared_adapter" in block[1]]
+    run([(kind, text.replace("train.epochs=9", "train.epochs=1 train.batch_size=16"))])
+    assert Path("runs/toy_adapter/report.html").is_file()
+    assert 5e5 < Path("shared_adapter/clipn.safetensors").stat().st_size < 6e5
+
+
 def test_the_server(run):
     testclient = pytest.importorskip("fastapi.testclient")
     pytest.importorskip("multipart")

@@ -112,6 +112,7 @@ def test_the_identity_holds_all_that_tags_depend_on(vit):
         tagger_of(model, head, tag_threshold=0.4).identity,
         tagger_of(model, head, tags="clipn").identity,
         tagger_of(model, changed, tags="clipn").identity,
+        tagger_of(model, clipn.Head(head.weight_yes, head.weight_no, 0.1), tags="clipn").identity,
         tagger_of(model, clipn.Head(-head.weight_yes, head.weight_no)).identity,
         tagger_of(*make({"layers": 3, "patch_size": 8})).identity,
     ]

@@ -112,7 +112,9 @@ class ClipTagger:
         self.model, self.head, self.scale = model, head, scale
         self.threshold, self.veto = settings.tag_threshold, settings.tags == "clipn"
         self.dim, self.preprocess = head.weight_yes.shape[1], model.preprocess
-        weights = [tensor_hash(head.weight_yes), *([tensor_hash(head.weight_no)] if self.veto else [])]
+        weights = [tensor_hash(head.weight_yes)]
+        if self.veto:
+            weights += [tensor_hash(head.weight_no), *([head.bias] if head.bias else [])]
         parts = ["clip", model.architecture, weights_hash(model.base.visual), *weights, scale, self.threshold]
         self.identity = json.dumps(parts, sort_keys=True)
 
