@@ -32,13 +32,25 @@ Uses every visible GPU of this machine; NPROC=N asks for N processes. torchrun's
 PET_RDZV_ENDPOINT, ...) join several machines.
 """
 _CONFIG = "a YAML file or the name of a shipped config"
-_MODEL = "a checkpoint, a run folder, a shared folder or hf://user/repo"
+_MODEL = "a checkpoint, a run folder, a shared folder, a saved detector or hf://user/repo"
 _TEMPLATES = "simple (default), openai, clipn-release, or a text file"
 _OPTIONS: dict[str, dict[str, Any]] = {  # of several subcommands
     "--classes": {"metavar": "FILE|NAMES", "help": "a file with one name per line, or cat,dog,...; or imagenet"},
     "--model-name": {"metavar": "NAME", "help": "open_clip name, for a checkpoint without one"},
     "--base": {"metavar": "CLIP", "help": "a tag or file, for a checkpoint that holds the no tower alone"},
     "--templates": {"metavar": "SET", "help": _TEMPLATES},
+}
+_OVERRIDES = {"nargs": "*", "metavar": "key=value"}
+_EVALUATIONS = {  # by name: what it does, and an example
+    "eval": ("evaluate checkpoints on image sets", "eval_imagenet data.root=/data eval.checkpoints=epoch_10.pt"),
+    "adversarial": (
+        "move OOD images towards ID training images, and evaluate on them",
+        "eval_cifar100 eval.train=train eval.checkpoints=epoch_10.pt adversarial.smoothness=100",
+    ),
+    "correlation": (
+        "relate ID accuracy of 20-NN to OOD AUROC of 1-NN over base CLIPs",
+        "eval_cifar100 eval.checkpoints='bases/*.pt' eval.train=train",
+    ),
 }
 _RAW = argparse.RawDescriptionHelpFormatter
 
@@ -108,6 +120,7 @@ def _add_predict(commands: Commands) -> None:
 examples:
   clipn predict photos/ --classes cat,dog,horse --checkpoint epoch_10.pt --model-name ViT-B-16
   clipn predict photos/ --classes names.txt --checkpoint runs/toy --csv predictions.csv --move-ood none_of_them/
+  clipn predict photos/ --classes cat,dog --checkpoint runs/toy --method kNN --fit known/ --save my_detector
 """
     about = "classify each image of a folder as one of the classes or none of them"
     parser = _add(commands, "predict", _predict, about, example)
@@ -239,34 +252,16 @@ examples:
     words_help = f"{_CONFIG} (default: toy), then settings such as train.lr=1e-4"
     train.add_argument("words", nargs="*", metavar="CONFIG | key=value", help=words_help)
 
-    example = "example:\n  clipn eval --config eval_imagenet data.root=/data eval.checkpoints=epoch_10.pt\n"
-    about = "evaluate checkpoints on image sets"
-    evaluate = _add(commands, "eval", "clipn.pipeline:run_evaluation", about, example, all_gpus=True)
-    evaluate.add_argument("--config", dest="path", required=True, help=_CONFIG)
-    overrides = {"nargs": "*", "metavar": "key=value"}
-    evaluate.add_argument("overrides", **overrides, help="settings such as eval.checkpoints=epoch_10.pt")
-
-    example = """\
-example:
-  clipn adversarial --config eval_imagenet data.root=/data eval.train=/data/imagenet/train eval.checkpoints=epoch_10.pt
-
-Writes run.dir/adversarial: a table, a figure, and folders of images that eval.ood reads.
-"""
-    about = "move OOD images towards ID training images, and evaluate on them"
-    adversarial = _add(commands, "adversarial", "clipn.pipeline:run_adversarial", about, example, all_gpus=True)
-    adversarial.add_argument("--config", dest="path", required=True, help=f"{_CONFIG} with eval.train")
-    adversarial.add_argument("overrides", **overrides, help="settings such as adversarial.smoothness=0")
-
-    example = "example:\n  clipn correlation --config eval_cifar100 eval.checkpoints='bases/*.pt' eval.train=train\n"
-    about = "relate ID accuracy of 20-NN to OOD AUROC of 1-NN over base CLIPs"
-    correlation = _add(commands, "correlation", "clipn.pipeline:run_correlation", about, example, all_gpus=True)
-    correlation.add_argument("--config", dest="path", required=True, help=_CONFIG)
-    correlation.add_argument("overrides", **overrides, help="settings such as eval.checkpoints=[a.pt,b.pt,c.pt]")
+    for name, (about, example) in _EVALUATIONS.items():
+        example, run = f"example:\n  clipn {name} --config {example}\n", f"clipn.pipeline:run_{name}"
+        evaluation = _add(commands, name, run, about, example, all_gpus=True)
+        evaluation.add_argument("--config", dest="path", required=True, help=_CONFIG)
+        evaluation.add_argument("overrides", **_OVERRIDES, help=f"settings such as {example.split()[-1]}")
 
     about = "encode training pairs once, for data.source=features"
     features = _add(commands, "features", "clipn.pipeline:run_extraction", about, all_gpus=True)
     features.add_argument("path", metavar="CONFIG", help=_CONFIG)
-    features.add_argument("overrides", **overrides, help="settings such as features.dir=/data/features")
+    features.add_argument("overrides", **_OVERRIDES, help="settings such as features.dir=/data/features")
 
     example = """\
 examples:

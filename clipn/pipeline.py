@@ -42,7 +42,7 @@ def run_training(path: str, overrides: list[str]) -> None:
             print(f"done: {', '.join(str(last_checkpoint(run.run.dir)) for run in runs)}")
 
 
-def run_evaluation(path: str, overrides: list[str]) -> None:
+def run_eval(path: str, overrides: list[str]) -> None:
     """Evaluate the checkpoints that a config file with these `key=value` overrides names; raises as `evaluate` does."""
     config = _with_image_sets(path, overrides)
     with process_group(choose_device(config.run.device)):

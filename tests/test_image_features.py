@@ -16,7 +16,7 @@ from clipn.data.image_sets import open_image_sets
 from clipn.features.image_sets import image_set_features
 from clipn.model.clipn import configured_model, create_model_and_transforms
 from clipn.model.hashing import weights_hash
-from clipn.pipeline import run_evaluation
+from clipn.pipeline import run_eval
 
 
 @pytest.fixture
@@ -188,9 +188,9 @@ def test_an_unreadable_image_is_left_out(encode, tmp_path):
 def test_an_evaluation_reports_unreadable_images(config_path, tmp_path, no_figures):
     (tmp_path / "id/cat/2.png").write_bytes(b"no image")
     for _ in range(2):  # the second time from the kept features
-        run_evaluation(str(config_path), [])
+        run_eval(str(config_path), [])
         report = (tmp_path / "run/results.md").read_text()
         assert "Unreadable images were left out: 1 of 4 in id." in report and f"- {tmp_path}/id/cat/2.png\n" in report
     (tmp_path / "id/cat/2.png").unlink()
-    run_evaluation(str(config_path), [])
+    run_eval(str(config_path), [])
     assert "Unreadable" not in (tmp_path / "run/results.md").read_text()

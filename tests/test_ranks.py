@@ -21,7 +21,7 @@ from torch import nn
 import clipn.training.loop
 import clipn.training.objectives
 from clipn.config.loading import load_config
-from clipn.pipeline import run_evaluation
+from clipn.pipeline import run_eval
 from clipn.runtime import distributed
 from clipn.runtime.console import FAILED
 from clipn.runtime.distributed import choose_device, process_group, rank
@@ -107,10 +107,10 @@ def test_each_image_is_evaluated_once_on_three_ranks(config_file, tmp_path):
     (tmp_path / "ood/3.png").write_bytes(b"no image")
     words = [f"eval.id={tmp_path}/id", f"eval.ood={tmp_path}/ood", "features.part_size=2", "eval.class_names=folders"]
     words.append(f"eval.checkpoints={write_clipn(tmp_path / 'clipn.pt')}")
-    run_evaluation(str(config_file), [*words, f"run.dir={tmp_path}/alone"])
+    run_eval(str(config_file), [*words, f"run.dir={tmp_path}/alone"])
     learned = ["eval.methods=[MSP,MaxLogit,Energy,MCM,CTW,ATD,PLP-MSP,TagOOD]", f"eval.train={tmp_path}/id"]
     learned += ["probe.epochs=1", "tagood.epochs=1", "tagood.width=8"]
-    run_ranks(3, run_evaluation, str(config_file), [*words, *learned])
+    run_ranks(3, run_eval, str(config_file), [*words, *learned])
     alone, together = (pd.read_csv(tmp_path / name / "results.csv") for name in ("alone", "run"))
     pd.testing.assert_frame_equal(together[:-2], alone, rtol=1e-4)
     for kind in ("probes", "tagood"):

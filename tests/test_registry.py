@@ -18,7 +18,7 @@ from clipn.evaluation.evaluate import evaluate, score_features
 from clipn.methods import from_images
 from clipn.methods.registry import METHOD_NAMES
 from clipn.model.head import Head
-from clipn.pipeline import run_evaluation
+from clipn.pipeline import run_eval
 from clipn.scores import SCORES
 
 
@@ -120,7 +120,7 @@ def test_the_report_is_written_with_intervals_and_any_file_name(material, tmp_pa
     for number, name in ((1, b"/caf\xe9.png"), (2, b"/\xff.png")):
         (ood / f"{number}.png").rename(os.fsdecode(os.fsencode(ood) + name))
     words = [f"run.dir={run}", f"eval.ood={ood}", "eval.bootstrap=50", "eval.methods=[MSP,NegLabel+CLIPN]"]
-    run_evaluation(str(material / "config.yaml"), words)
+    run_eval(str(material / "config.yaml"), words)
     assert "</html>" in (run / "report.html").read_text() and (run / "intervals.csv").is_file()
     assert all((run / f"figures/{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("histograms", "samples"))
     assert "NegLabel+CLIPN" in (run / "results.md").read_text()

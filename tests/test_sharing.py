@@ -27,7 +27,7 @@ from clipn.model.base import build_base
 from clipn.model.checkpoint import read_checkpoint, write_checkpoint
 from clipn.model.hashing import weights_hash
 from clipn.model.weights import find_weights, open_model
-from clipn.pipeline import run_evaluation
+from clipn.pipeline import run_eval
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = "/home/somebody"
@@ -413,7 +413,7 @@ def test_an_evaluation_of_a_shared_folder_equals_that_of_its_run(material, run, 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     tables = []
     for checkpoint in (run, material / "shared"):
-        run_evaluation(str(tmp_path / "config.yaml"), [f"eval.checkpoints={checkpoint}"])
+        run_eval(str(tmp_path / "config.yaml"), [f"eval.checkpoints={checkpoint}"])
         tables.append(pd.read_csv(run / "results.csv"))
         facts = share_weights(run, tmp_path / "new")
         assert facts["class_names"] == ["cat", "dog"] and [row["method"] for row in facts["results"]] == ["MSP", "ATD"]
