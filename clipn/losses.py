@@ -52,9 +52,10 @@ def _unmatched_sum(
     image: Tensor, difference: Tensor, logit_scale: Tensor | float, bias: Tensor | float, first: int
 ) -> Tensor:
     """The sum of softplus(-d[i, j]) over texts j and all images i but each text's own, first + j."""
-    margin = (logit_scale * image @ difference.T).add_(bias)  # d: [B, b]
+    negative = (-(logit_scale * image) @ difference.T).sub_(bias)  # -d: [B, b]
     columns = torch.arange(len(difference), device=image.device)
-    return F.softplus(-margin).index_put((columns + first, columns), margin.new_zeros(())).sum()
+    negative.detach()[columns + first, columns] = -torch.inf  # softplus and its gradient are 0 there
+    return F.softplus(negative).sum()
 
 
 def tso_loss(yes: Tensor, no: Tensor, kind: str = "l2") -> Tensor:
