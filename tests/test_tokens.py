@@ -188,6 +188,20 @@ def test_pseudo_labels_need_no_class_folders(evaluated, material, tmp_path, inpu
         evaluated("TagOOD-mean", f"eval.train={flat}")
 
 
+def test_shots_are_drawn_before_training_images_are_encoded(evaluated, material, tmp_path, encoded, inputs):
+    made = [evaluated("TagOOD-mean,kNN", "eval.train_shots=2", f"run.seed={seed}") for seed in (0, 1)]
+    assert sum(encoded) == 2 * (6 + 4) + 2 * 2 * 6 + 6 + 4, "two draws of 6 training images"
+    assert inputs[0].labels.tolist() == [0, 0, 1, 1, 2, 2] and len(inputs[0].train) == len(inputs[0].tokens.tagged) == 6
+    assert scores_of(made[0], "kNN") != scores_of(made[1], "kNN")
+    everything = [scores_of(evaluated("kNN", *more), "kNN") for more in ([], ["eval.train_shots=9"])]
+    assert everything[0] == everything[1] != scores_of(made[0], "kNN")
+    flat = write_images(tmp_path / "flat", "1.png", "2.png")
+    with pytest.raises(ValueError, match="eval.train_shots=2: .*flat has no class folders"):
+        evaluated("kNN", "eval.train_shots=2", f"eval.train={flat}")
+    with pytest.raises(ValueError, match="eval.train_shots=0: expected 1 or more, or null"):
+        evaluated("kNN", "eval.train_shots=0")
+
+
 def test_a_class_without_training_images_has_no_centre(evaluated, inputs, monkeypatch, caplog):
     made = []
     monkeypatch.setattr(registry, "fit_row", lambda *arguments: made.append(fit_row(*arguments)) or made[-1])

@@ -221,6 +221,7 @@ class EvalConfig(_Section):
     scale: float = 100.0
     train: Any = None  # ID training images, as `id`, for kNN, Mahalanobis, PLP-*, TagOOD and others: docs/evaluation.md
     train_filter: str | None = None  # CTW | ATD: leave out training images that this decision of CLIPN calls OOD
+    train_shots: int | None = None  # training images of each class folder, drawn by run.seed; null: all
     words: str | None = None  # a word list or WordNet's database folder: NegLabel, CSP
     bootstrap: int = 0  # draws for confidence intervals; 0: none
     checkpoints: Any = None  # a path, a glob or a list: mean and deviation over them; null: this run's own
@@ -234,6 +235,7 @@ class EvalConfig(_Section):
         self._at_least(1, "batch_size")
         self._at_least(0, "bootstrap")
         self._one_of("train_filter", (None, *DECISIONS))
+        self._check("train_shots", self.train_shots is None or self.train_shots >= 1, "1 or more, or null")
         self._check("methods", bool(self.methods), "at least one score")
         self._check("ood", self.id is None or bool(self.ood), "at least one image set beside eval.id")
 

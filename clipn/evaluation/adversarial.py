@@ -56,7 +56,8 @@ def evaluate_adversarial(config: Config) -> tuple[pd.DataFrame, list[Adversarial
     if not config.eval.train:
         raise ValueError("eval.train: names no ID training images, towards which OOD images are moved")
     check_evaluation(config)
-    sets, banks = open_sets(config.eval, train=True), [name for name in _BANKS if name in config.eval.methods]
+    sets = open_sets(config.eval, train=True, seed=config.run.seed)
+    banks = [name for name in _BANKS if name in config.eval.methods]
     targets = _draw(config, sets.train, "targets")
     if banks and len(targets) == len(sets.train):
         expected = f"fewer than the {len(targets)} images of eval.train: {banks[0]} needs others than the targets"

@@ -44,7 +44,7 @@ def correlate(config: Config) -> tuple[pd.DataFrame, pd.DataFrame]:
     _check_number(len(files))
     if not settings.train:
         raise ValueError("eval.train: names no in-distribution training images; 20-NN and 1-NN need them")
-    sets = open_sets(settings, train=True)
+    sets = open_sets(settings, train=True, seed=config.run.seed)
     for key, images in (("id", sets.id), ("train", sets.train)):
         if not images.classes:
             raise ValueError(f"eval.{key}: 20-NN needs class folders, but {images.root} has none")

@@ -17,6 +17,7 @@ from clipn.data.prompts import load_class_names, load_templates
 from clipn.evaluation.results import RESULT_COLUMNS, Evaluation, SetScores, decision_rows, result_rows
 from clipn.features.image_sets import image_set_features
 from clipn.methods.from_images import constants
+from clipn.methods.probe import draw_shots
 from clipn.methods.registry import (
     MethodInputs,
     Score,
@@ -61,7 +62,7 @@ def evaluate(config: Config, sets: Sets | None = None, unused: Collection[Path] 
     settings = config.eval
     _check_methods(config)
     templates = load_templates(settings.templates)
-    id_set, ood_sets, train_set = sets or open_sets(settings)
+    id_set, ood_sets, train_set = sets or open_sets(settings, seed=config.run.seed)
     class_names = load_class_names(settings.class_names, id_set.classes)
     results, decisions, weights, first = [], [], [], {}
     for model, seed in open_models(config):
@@ -226,10 +227,10 @@ def open_models(config: Config) -> Iterator[tuple[CLIPN, int]]:
         yield model.to(device).eval(), trained_with.get("seed", config.run.seed)
 
 
-def open_sets(settings: EvalConfig, train: bool = False) -> Sets:
+def open_sets(settings: EvalConfig, train: bool = False, seed: int = 0) -> Sets:
     """The image sets that `eval` names. Raises ValueError or FileNotFoundError for sets that do not fit.
 
-    train: also the training images if no method needs them.
+    train: also the training images if no method needs them. seed: of the draw of eval.train_shots.
     """
     id_sets, ood_sets = _open(settings.id, "eval.id"), _open(settings.ood, "eval.ood")
     train = train or bool(methods_that_need("train", settings.methods))
@@ -243,6 +244,10 @@ def open_sets(settings: EvalConfig, train: bool = False) -> Sets:
     if train_set and train_set.classes and id_set.classes and train_set.classes != id_set.classes:
         own, others = (", ".join(s.classes[:5]) for s in (train_set, id_set))
         raise ValueError(f"eval.train: its class folders ({own}, ...) are not those of eval.id ({others}, ...)")
+    if train_set and settings.train_shots:
+        if not train_set.classes:
+            raise ValueError(f"eval.train_shots={settings.train_shots}: {train_set.root} has no class folders")
+        train_set = train_set.only(draw_shots(torch.tensor(train_set.labels), settings.train_shots, seed).tolist())
     for method in methods_that_need("labels", settings.methods):
         if train_set and not train_set.classes:
             raise ValueError(f"eval.train: {method} needs class folders, but {train_set.root} has none")
