@@ -202,7 +202,7 @@ def straight(finished_run, base_clip, tmp_path_factory) -> dict[str, dict]:
 
 def replace_figures(patch: pytest.MonkeyPatch) -> None:
     """Make an image of one pixel each figure of a report, because drawing takes seconds."""
-    for name in ("draw_bars", "draw_histograms", "draw_roc", "draw_samples"):
+    for name in ("draw_bars", "draw_histograms", "draw_roc", "draw_samples", "draw_places"):
         patch.setattr(f"clipn.report.write.{name}", lambda _: Image.new("RGB", (1, 1)))
     patch.setattr("clipn.report.write.save_figure", lambda image, path: image.save(path))
 

@@ -2,19 +2,21 @@
 
 import importlib
 import warnings
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import write_images
+from helpers import set_scores, write_images
 from matplotlib.colors import to_rgb
 from PIL import Image
 
 from clipn.data.image_sets import open_image_set
+from clipn.methods.tokens import KeptPlaces
 from clipn.metrics import ood_metrics
 from clipn.report import figures
-from clipn.report.figures import draw_bars, draw_histograms, draw_roc, draw_samples, save_figure
+from clipn.report.figures import draw_bars, draw_histograms, draw_places, draw_roc, draw_samples, save_figure
 
 SIZES, MEANS = {"cats": 50, "dogs": 30, "owls": 20}, {"cats": 2, "dogs": 0, "owls": -1}
 
@@ -134,3 +136,27 @@ def test_samples_are_drawn_by_seed(tmp_path):
 
     first = red(0)
     assert len(set(first)) == 12 and first == red(0) != red(1)
+
+
+def test_places_without_a_kept_token_are_grey(tmp_path):
+    """Two images of 8 x 8 pixels in a grid of 2 x 2; the tagger sees 6 x 6 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(pixels).save(tmp_path / name)
+    preprocess = {"size": 6, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bilinear"}
+    preprocess["resize_mode"] = "squash"
+    kept = np.array([[[False, True], [False, False]]]), np.ones((1, 2, 2), dtype=bool)
+    sets = [
+        replace(set_scores(open_image_set(name, tmp_path / name), {}), places=KeptPlaces(places, tagged, preprocess))
+        for name, places, tagged in zip("ab", kept, (np.array([True]), np.array([False])), strict=True)
+    ]
+    axes = draw_places(sets).axes
+    greyed, picture = (np.asarray(axis.images[0].get_array()) for axis in (axes[0], axes[12]))
+    expected = np.asarray(Image.fromarray(pixels).resize((6, 6), Image.Resampling.BILINEAR)) / 255
+    np.testing.assert_allclose(picture, expected, atol=0.01)
+    np.testing.assert_allclose(greyed[:3, 3:], picture[:3, 3:])
+    for faint, strong in ((greyed[:, :3], picture[:, :3]), (greyed[3:], picture[3:])):
+        np.testing.assert_allclose(faint, 0.45 + 0.25 * strong, atol=1e-6)
+    notes = [[text.get_text() for text in axis.texts] for axis in (axes[0], axes[12])]
+    assert "no tag" not in notes[0] and "no tag" in notes[1]

@@ -12,7 +12,7 @@ import clipn
 from clipn.config.schema import TagoodConfig
 from clipn.data.images import val_transform
 from clipn.methods.from_images import local_features
-from clipn.methods.taggers import Tags, check_tagger, make_tagger, select_tokens, tag
+from clipn.methods.taggers import Tags, check_tagger, kept_places, make_tagger, select_tokens, tag
 
 NAMES = ["cat", "dog", "a red car"]
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None, "image_size": 64}
@@ -350,3 +350,5 @@ def test_selection_against_a_loop(threshold, limit):
     assert kept.shape == (6, min(limit, 9), 4)
     for row in range(6):
         assert torch.equal(kept[row][mask[row]], slow_selection(tokens[row], attention[row], threshold, limit))
+        places = kept_places(attention, threshold, limit)[row]
+        assert torch.equal(tokens[row][places], kept[row][mask[row]])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from clipn.config.loading import load_config
 from clipn.config.schema import Config, TagoodConfig
 from clipn.data.image_sets import open_image_set
+from clipn.data.images import open_image, val_transform
 from clipn.evaluation.evaluate import check_evaluation, evaluate
 from clipn.features.columns import RaggedRows
 from clipn.methods import registry, tokens
@@ -23,6 +24,7 @@ from clipn.methods.tagood import MeanToken, centre_score
 from clipn.methods.tagood_fit import class_means, fit_tagood
 from clipn.methods.tokens import REJECTED, TagScore, TrainingTokens, fit_row, open_tokens, token_columns
 from clipn.metrics import ood_metrics
+from clipn.report.write import write_report
 
 SMALL = TagoodConfig(width=16, layers=1, heads=2, groups=4, epochs=2, batch_size=8, max_tokens=4)
 
@@ -137,7 +139,7 @@ def test_tokens_of_training_images_are_kept_and_those_of_test_images_are_not(eva
     assert sum(len(part["tokens"]) for part in parts) == counts.sum() and parts[0]["tokens"].dtype == torch.float16
     for name in ("id", "ood"):
         columns = load_file(folders[name] / "part_00000.safetensors")
-        assert set(columns) == {"TagOOD", "tagged", "skipped"} and columns["TagOOD"].ndim == 1
+        assert set(columns) == {"TagOOD", "tagged", "kept", "skipped"} and columns["TagOOD"].ndim == 1
     manifest = json.loads((folders["train"] / "manifest.json").read_text())
     assert {"tagger", "attention_threshold", "max_tokens", "images", "preprocess"} <= manifest.keys()
 
@@ -277,6 +279,51 @@ def test_the_share_without_a_tag_is_reported(evaluated, caplog):
     with caplog.at_level("INFO"):
         evaluated("TagOOD")
     assert "id: 0.00 % of 6 images have no tag" in messages(caplog) and "FPR95" not in messages(caplog)
+
+
+# Where the kept tokens are
+
+
+def test_places_of_kept_tokens_against_a_loop(evaluated, inputs):
+    evaluation = evaluated("TagOOD-tag", "tagood.attention_threshold=0.3", "eval.keep_features=false")
+    tagger, settings = inputs[0].tagger, inputs[0].tagood
+    for of_set in evaluation.set_scores.values():
+        (kept, tagged, preprocess), paths = of_set.places, of_set.images.paths
+        assert kept.shape == (len(paths), 4, 4) and tagged.all() and preprocess == tagger.preprocess
+        for path, places in zip(paths, kept, strict=True):
+            tags = tag(tagger, val_transform(preprocess)(open_image(path))[None])
+            ranked = sorted(range(1, 17), key=lambda place: -tags.attention[0, place])[: settings.max_tokens]
+            expected = [place for place in ranked if tags.attention[0, place] > settings.attention_threshold]
+            assert sorted(expected) == (np.flatnonzero(places) + 1).tolist()
+    assert evaluated("MSP").set_scores["id"].places is None
+
+
+def make_oblong(settings, model, head, class_names, scale):
+    """A tagger of 12 patches, which are no square."""
+    base = registry.make_tagger(dataclasses.replace(settings, tagger="clip"), model, head, class_names, scale)
+
+    class Oblong:
+        identity, dim, preprocess = "oblong", base.dim, base.preprocess
+
+        def __call__(self, pixels):
+            tokens, attention, *rest = base(pixels)
+            return Tags(tokens[:, :13], attention[:, :13], *rest)
+
+    return Oblong()
+
+
+def test_a_tagger_without_a_square_grid_has_no_places(evaluated, caplog):
+    with caplog.at_level("INFO"):
+        evaluation = evaluated("TagOOD-tag", f"tagood.tagger={__name__}:make_oblong")
+    assert "ood: the 12 patches of the tagger are no square grid" in messages(caplog)
+    assert evaluation.set_scores["id"].places is None and np.isfinite(scores_of(evaluation, "TagOOD-tag")).all()
+
+
+def test_the_figure_of_kept_tokens_is_in_the_report(evaluated, tmp_path, no_figures):
+    for methods, shown in (("MSP,TagOOD-tag", True), ("MSP", False)):
+        write_report(tmp_path / "report", evaluated(methods))
+        assert (tmp_path / "report/figures/tokens.png").is_file() is shown
+        assert ("Tokens that TagOOD keeps" in (tmp_path / "report/report.html").read_text()) is shown
 
 
 # What it is for

@@ -174,10 +174,12 @@ def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodIn
         scored = score_features(inputs.head, images, features, others, settings.scale, feature_methods)
         scores, predictions = score_classifiers(features, columns.pop("tower", None))
         scores |= scored.scores | {name: values.numpy() for name, values in columns.items()}
+        places = None
         if score_tags:
-            scores |= tag_scores(config, inputs.tagger, images, score_tags)
+            tag_values, places = tag_scores(config, inputs.tagger, images, score_tags)
+            scores |= tag_values
         scores = {name: scores[name] for name in settings.methods}
-        set_scores[images.name] = replace(scored, scores=scores, predictions=predictions)
+        set_scores[images.name] = replace(scored, scores=scores, predictions=predictions, places=places)
     return set_scores
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from clipn.data.image_sets import ImageSet
+from clipn.methods.tokens import KeptPlaces
 from clipn.metrics import ood_metrics
 
 RESULT_COLUMNS = ["id_set", "ood_set", "method", "AUROC", "FPR95", "AUPR_IN", "AUPR_OUT", "id_accuracy", "seed"]
@@ -23,6 +24,7 @@ class SetScores:
     predicted: np.ndarray  # [N] class indices
     p_yes: np.ndarray  # [N], of the predicted class
     predictions: dict[str, np.ndarray] = field(default_factory=dict)  # of methods with a classifier of their own
+    places: KeptPlaces | None = None  # of TagOOD's tokens
 
 
 class Evaluation(NamedTuple):

@@ -63,6 +63,13 @@ def select_tokens(tokens: Tensor, attention: Tensor, threshold: float, max_token
     return tokens.gather(1, numbers[..., None].expand(-1, -1, tokens.shape[2])), mask.gather(1, order)
 
 
+def kept_places(attention: Tensor, threshold: float, max_tokens: int) -> Tensor:
+    """Where the tokens are that `select_tokens` keeps: [B, P] bool, from attention [B, P]."""
+    places = torch.arange(attention.shape[1], device=attention.device).expand_as(attention)[..., None]
+    places, mask = select_tokens(places, attention, threshold, max_tokens)
+    return torch.zeros_like(attention, dtype=torch.bool).scatter_(1, places[..., 0], mask)
+
+
 def check_tagger(settings: TagoodConfig) -> None:
     """Raise ValueError or FileNotFoundError, one line, for a tagger that is not installed or lacks a file."""
     if settings.tagger.startswith("ram"):

@@ -1,6 +1,7 @@
 """TagOOD in an evaluation: the tokens of training images, kept on disk, and the scores of image sets in one pass."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from clipn.data.image_sets import ImageSet
 from clipn.features.columns import MappedRows, RaggedRows, open_rows
 from clipn.features.image_sets import encode_images, image_manifest, store_folder
 from clipn.features.store import Columns, FeatureStore
-from clipn.methods.taggers import Tagger, Tags, select_tokens, tag
+from clipn.methods.taggers import Tagger, Tags, kept_places, select_tokens, tag
 from clipn.methods.tagood import MeanToken, centre_score
 from clipn.methods.tagood_fit import class_means, fit_tagood, stored_tagood
 from clipn.model.hashing import weights_hash
@@ -42,6 +43,14 @@ class TrainingTokens(NamedTuple):
         """The tokens of these images."""
         image = self.image[numbers.to(self.image.device)]
         return TrainingTokens(self.selected.subset(numbers), image, self.tagged[numbers])
+
+
+class KeptPlaces(NamedTuple):
+    """Which places of N images the tagger's tokens are kept of, for a figure."""
+
+    kept: np.ndarray  # [N, S, S] bool, rows from the top of an image that is preprocessed for the tagger
+    tagged: np.ndarray  # [N] bool
+    preprocess: dict[str, Any]  # of images, as the tagger's
 
 
 class TagScore(nn.Module):
@@ -137,25 +146,36 @@ def training_tokens(config: Config, tagger: Tagger, images: ImageSet) -> Trainin
     return open_tokens(parts, choose_device(config.run.device))
 
 
-def tag_scores(config: Config, tagger: Tagger, images: ImageSet, scores: dict[str, TagScore]) -> dict[str, np.ndarray]:
-    """Scores [N] by name of the N readable images of a set; their tokens are not kept. Logs the share without a tag.
+def tag_scores(
+    config: Config, tagger: Tagger, images: ImageSet, scores: dict[str, TagScore]
+) -> tuple[dict[str, np.ndarray], KeptPlaces | None]:
+    """Scores [N] by name of the N readable images of a set, and the places of their tokens, which are not kept.
+
+    There are no places for a tagger without a square grid of patches. Logs this, and the share without a tag.
 
     Raises ValueError where an image can no longer be read, and as the tagger does.
     """
     settings = config.tagood
     depends_on = {key: getattr(settings, key) for key in ("attention_threshold", "max_tokens", "score", "untagged")}
     depends_on |= {name: [weights_hash(score), score.whole] for name, score in sorted(scores.items())}
+    depends_on["holds"] = "scores and places"
 
     def encode(tags: Tags) -> Columns:
-        return {name: score(tags) for name, score in scores.items()} | {"tagged": tags.tagged}
+        kept = kept_places(tags.attention, settings.attention_threshold, settings.max_tokens + 1)
+        return {name: score(tags) for name, score in scores.items()} | {"tagged": tags.tagged, "kept": kept[:, 1:]}
 
     parts = _columns(config, tagger, images, depends_on, encode)
     columns = {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0] if name != "skipped"}
-    untagged = 1 - columns.pop("tagged").mean()
+    kept, tagged = columns.pop("kept"), columns.pop("tagged")
+    untagged = 1 - tagged.mean()
     many = settings.untagged == "reject" and untagged > _MANY_UNTAGGED
     hint = "; where these are ID images, FPR95 is that of a tie" if many else ""
     log.info("%s: %.2f %% of %d images have no tag%s", images.name, 100 * untagged, len(images), hint)
-    return columns
+    patches, side = kept.shape[1], math.isqrt(kept.shape[1])
+    if not patches or side**2 != patches:
+        log.info("%s: the %d patches of the tagger are no square grid, so no figure shows them", images.name, patches)
+        return columns, None
+    return columns, KeptPlaces(kept.reshape(-1, side, side), tagged, tagger.preprocess)
 
 
 def _columns(

@@ -1,28 +1,32 @@
-"""Figures: histograms and ROC curves of the scores, bars of the main table, samples of the image sets.
+"""Figures: histograms and ROC curves of the scores, bars of the main table, samples of the image sets, kept tokens.
 
 Each function returns a matplotlib Figure without pyplot, so that the caller's backend stays as it is.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import auc, roc_curve
 
 from clipn.data.image_sets import ImageSet
-from clipn.data.images import open_image
+from clipn.data.images import open_image, val_transform
 from clipn.evaluation.adversarial import AdversarialSet
+from clipn.evaluation.results import SetScores
 from clipn.report.tables import METRICS, run_number
 
 Scores = dict[str, dict[str, np.ndarray]]  # by set and method, the ID set first
 
 _ADVERSARIAL = 8  # images of each set in `draw_adversarial`
 _LEAST_SPAN = 4  # points of AUROC in a panel of `draw_correlation`, so that rounding does not look like a trend
+_GREY, _GREYED = 0.6, 0.75  # what `draw_places` mixes into a picture, and its share: neither black nor white hides it
 _SAMPLES = 12  # images of each set in `draw_samples`
 _ID_COLOUR = "tab:gray"
 _OOD_COLOURS = [colour for colour in matplotlib.colors.TABLEAU_COLORS if colour != _ID_COLOUR]
@@ -120,6 +124,25 @@ def draw_correlation(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
 
 def draw_samples(image_sets: Sequence[ImageSet], seed: int = 0) -> Figure:
     """A row of randomly drawn images of each set, with the class folder's name above each image."""
+    return _draw_rows(image_sets, seed, lambda row, index: (open_image(image_sets[row].paths[index]), ""))
+
+
+def draw_places(set_scores: Sequence[SetScores], seed: int = 0) -> Figure:
+    """The images of `draw_samples` as the tagger sees them; the places whose tokens are not kept are grey."""
+
+    def show(row: int, index: int) -> tuple[np.ndarray, str]:
+        (kept, tagged, preprocess), path = set_scores[row].places, set_scores[row].images.paths[index]
+        mean, std = (torch.tensor(preprocess[key]).view(3, 1, 1) for key in ("mean", "std"))
+        picture = (val_transform(preprocess)(open_image(path)) * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+        rows, columns = (np.arange(size) * len(kept[index]) // size for size in picture.shape[:2])
+        mask = kept[index][rows][:, columns, None]
+        return np.where(mask, picture, (1 - _GREYED) * picture + _GREYED * _GREY), "" if tagged[index] else "no tag"
+
+    return _draw_rows([of_set.images for of_set in set_scores], seed, show)
+
+
+def _draw_rows(image_sets: Sequence[ImageSet], seed: int, show: Callable[[int, int], tuple[Any, str]]) -> Figure:
+    """A row of randomly drawn images of each set. show: number of the set, and of its image -> image, note below it."""
     rng = np.random.default_rng(seed)
     width, height = 1.1 * _SAMPLES + 1.6, 1.35 * len(image_sets)
     figure = Figure((width, height))
@@ -128,7 +151,10 @@ def draw_samples(image_sets: Sequence[ImageSet], seed: int = 0) -> Figure:
         for axis in row:
             axis.axis("off")
         for axis, index in zip(row, rng.permutation(len(images)), strict=False):
-            axis.imshow(open_image(images.paths[index]))
+            image, note = show(number, index)
+            axis.imshow(image)
+            if note:
+                axis.text(0.5, 0.02, note, transform=axis.transAxes, ha="center", va="bottom", fontsize=7)
             if images.labels:
                 class_name = images.classes[images.labels[index]].replace("_", " ")
                 axis.set_title(_label(_shorten(class_name, 16)), fontsize=7, pad=2)

@@ -17,6 +17,7 @@ from clipn.report.figures import (
     draw_bars,
     draw_correlation,
     draw_histograms,
+    draw_places,
     draw_roc,
     draw_samples,
     save_figure,
@@ -76,6 +77,10 @@ def write_report(folder: Path, evaluation: Evaluation, bootstrap: int = 0) -> No
         "roc": ("ROC curves, ID as the positive class", draw_roc(scores)),
         "samples": ("Samples of the image sets", draw_samples(image_sets)),
     }
+    (folder / "figures/tokens.png").unlink(missing_ok=True)
+    if all(of_set.places for of_set in set_scores.values()):
+        caption = "Tokens that TagOOD keeps; grey: those it drops. The images are those above, as its tagger sees them"
+        figures["tokens"] = caption, draw_places([*set_scores.values()])
     for name, (_, figure) in figures.items():
         save_figure(figure, folder / f"figures/{name}.png")
     method = "ATD" if "ATD" in set(results["method"]) else results["method"].iloc[-1]
