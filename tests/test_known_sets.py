@@ -138,6 +138,8 @@ def test_the_protocols_are_those_of_the_papers():
         "eval_imagenet_hard": ["imagenet", "imagenet-o", "openimage-o", "ninco", "ssb-hard"],
         "eval_imagenet100": ["imagenet100", *mos],
         "eval_imagenet_plp": ["imagenet", *mos, "imagenet-o", "ninco"],
+        "eval_imagenet_tagood": ["imagenet", *mos, "imagenet-o", "openimage-o"],
+        "eval_imagenet_tagood_ram": ["imagenet", *mos, "imagenet-o", "openimage-o"],
         "eval_cifar10": ["cifar10", "cifar100", *small],
         "eval_cifar100": ["cifar100", "cifar10", *small],
     }
