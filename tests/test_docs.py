@@ -86,6 +86,15 @@ def test_unlabelled_images(run):
     assert float(theirs["AUROC"]) == pytest.approx(ours["AUROC"], abs=1e-4)
 
 
+def test_object_features(run, tmp_path):
+    small = "world.num_pairs=40 world.images_per_class=2 train.batch_size=16 train.epochs=1 eval.id=null eval.ood=null"
+    small = f"{small} base.train.batch_size=16 base.train.epochs=1 data.workers=0 run.device=cpu"
+    run_training("toy_vit", [*small.split(), f"data.index_dir={tmp_path}/index"])
+    program = run(blocks("docs/object_features.md"))
+    assert "Tokens that TagOOD keeps" in Path("runs/object_features/report.html").read_text(encoding="utf-8")
+    assert program["detector"].method == "TagOOD-PL" and Path("my_object_detector/detector.json").is_file()
+
+
 def test_own_pairs(run):
     run(blocks("docs/own_pairs.md"))
     for name in ("own", "own_slower"):
