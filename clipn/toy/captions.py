@@ -21,14 +21,18 @@ def _describe(rng: Generator, thing: Thing) -> str:
     return words
 
 
-def thing_caption(rng: Generator, things: list[Thing], background: str, background_share: float = 0.2) -> str:
-    """A caption of the first thing, sometimes with the second, the background ("on ...") or the tilt."""
-    text = caption(rng, "things", _describe(rng, things[0]))
+def thing_caption(rng: Generator, things: list[Thing], background: str, names_only: bool = False) -> str:
+    """A caption of the first thing, sometimes with the second, the background ("on ...") or the tilt.
+
+    names_only: neither colour nor size nor tilt, so that shapes alone tell the captions of things apart.
+    """
+    describe = (lambda _, thing: thing.name) if names_only else _describe
+    text = caption(rng, "things", describe(rng, things[0]))
     if len(things) > 1 and rng.random() < 0.6:
         joint = pick(rng, ["and", "next to", "with"])
-        return f"{text} {joint} {with_article(_describe(rng, things[1]))}"
-    if rng.random() < background_share:
+        return f"{text} {joint} {with_article(describe(rng, things[1]))}"
+    if rng.random() < 0.2:
         return f"{text} {background}"
-    if abs(things[0].tilt) > 15 and rng.random() < 0.3:
+    if not names_only and abs(things[0].tilt) > 15 and rng.random() < 0.3:
         return f"{text} , tilted"
     return text

@@ -164,10 +164,10 @@ def _draw_layer(rng: Generator, draw: ImageDraw, side: int, painter: str, level:
             raise ValueError(f"world.yaml: unknown layer {painter!r}")
 
 
-def _arrange(rng: Generator, names: list[str], largest: float) -> list[Thing]:
-    """One thing anywhere, or a larger and a smaller one on opposite sides."""
+def _arrange(rng: Generator, names: list[str], sizes_alone: tuple[float, float]) -> list[Thing]:
+    """One thing of a size in this range anywhere, or a larger and a smaller one on opposite sides."""
     if len(names) == 1:
-        sizes = [rng.uniform(0.45, largest)]
+        sizes = [rng.uniform(*sizes_alone)]
         centres = [0.5 + rng.uniform(-0.5, 0.5, 2) * (1 - sizes[0])]
     else:
         sizes = [rng.uniform(0.45, 0.6), rng.uniform(0.3, 0.4)]
@@ -184,7 +184,7 @@ def draw_things(
 ) -> tuple[Image.Image, list[Thing], str]:
     """An image of one or two things, the things, and the background in words.
 
-    scene: what the things stand before, none of them larger than 0.7 image sides; by default a pale background.
+    scene: what the things stand before, a thing alone of 0.6 to 0.8 image sides; by default a pale background.
     """
     side = image_size * OVERSAMPLING
     if scene is None:
@@ -196,7 +196,7 @@ def draw_things(
         for _ in range(rng.integers(2, 6)):  # small gray spots as clutter
             (x, y), radius = rng.uniform(0, side, 2), rng.uniform(0.015, 0.04) * side
             _disc(draw, x, y, radius, (int(rng.integers(120, 200)),) * 3)
-    things = _arrange(rng, names, largest=0.95 if scene is None else 0.7)
+    things = _arrange(rng, names, (0.45, 0.95) if scene is None else (0.6, 0.8))
     for thing in things:
         _draw_thing(rng, draw, side, thing)
     return _finish(rng, canvas), things, background

@@ -70,7 +70,7 @@ def make_toy(root: str | Path, world: World, workers: int = 2) -> Path:
     bytes, whatever the number of worker processes. Raises ValueError if root holds a world made with others, or folders
     of these names that belong to no world.
 
-    With `before_scenes` the things of the pairs stand before any scene, those of id, near and train/<thing> before
+    With `before_scenes` half of the pairs' things stand before any scene, those of id, near and train/<thing> before
     KNOWN_SCENES, and those of id_shifted/<thing> and near_shifted/<thing> before UNKNOWN_SCENES.
     """
     root = Path(root)
@@ -164,11 +164,10 @@ def _pair(rng: Generator, world: World) -> tuple[Image.Image, str]:
         return image, caption(rng, "textures", f"{colours} {name}" if rng.random() < 0.4 else name)
     names = rng.choice(list(THINGS), 2, replace=False).tolist()
     names = names if rng.random() < 0.2 else names[:1]
-    if world.before_scenes:  # any scene, which half of the captions mention
-        image, things, background = draw_things(rng, names, image_size, pick(rng, list(SCENES)))
-        return image, thing_caption(rng, things, background, background_share=0.5)
-    image, things, background = draw_things(rng, names, image_size)
-    return image, thing_caption(rng, things, background)
+    # a small base learns things on pale backgrounds first, and then finds them before scenes
+    scene = pick(rng, list(SCENES)) if world.before_scenes and rng.random() < 0.5 else None
+    image, things, background = draw_things(rng, names, image_size, scene)
+    return image, thing_caption(rng, things, background, names_only=world.before_scenes)
 
 
 def _write_class(root: Path, world: World, split: str, position: int) -> int:
