@@ -169,6 +169,8 @@ def _predict(images: list[str], keep: float | None, classes: str | None, **optio
     from clipn.deploy.folders import Training, predict_folders
 
     folders = {name: options.pop(name) for name in ("fit", "calibrate", "save", "train_filter")}
+    if folders["train_filter"] and not folders["fit"]:
+        raise ValueError(f"--train-filter={folders['train_filter']}: filters the images of --fit, which is missing")
     if keep is not None and not folders["calibrate"] and not folders["fit"]:
         raise ValueError(f"--keep={keep}: sets how strict --calibrate or --fit is; both are missing")
     training = Training(**folders, keep=0.95 if keep is None else keep)

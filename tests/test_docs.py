@@ -76,7 +76,7 @@ def test_own_classes(run, capsys):
 
 def test_unlabelled_images(run):
     program = run(blocks("docs/unlabelled_images.md"))
-    assert program["again"].predict(program["images"]) and Path("keys/detector.json").is_file()
+    assert program["again"].predict(program["images"]) and Path("my_detector_2/detector.json").is_file()
     assert Path("runs/compare_learning/report.html").is_file()
     fitted = program["adapter"].detector
     id_scores, ood_scores = (

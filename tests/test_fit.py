@@ -162,6 +162,8 @@ def test_labels_are_names_or_numbers(fitted, loaded, images, labels):
         ("RMD", 6, [0] * 5, "5 labels for 6 images"),
         ("RMD", 6, [0, 1, 2, 0, 1, 3], "label 3 is no class: expected 0 to 2"),
         ("RMD", 6, ["apple"] * 5 + ["car"], "label 'car' is no class: .*apple, bus, cat"),
+        *(("RMD", 6, [0, 1, 2, 0, 1, label], "is no class") for label in (1.7, True, None, [1], float("nan"), b"cat")),
+        ("RMD", 6, 3, "labels=3: expected a name or a number for each image"),
         ("RMD", 6, None, "with labels"),
         ("RMD", 6, [0, 1, 2] * 2, "too few"),
     ],
@@ -187,6 +189,24 @@ def test_unreadable_images_are_named_or_skipped_with_their_labels(loaded, images
     assert "left out" in caplog.text and "broken.png" in caplog.text
     plain = loaded.with_classes(NAMES, method="RMD").fit(images["train"], labels)
     assert scores(detector.predict(images["id"])) == scores(plain.predict(images["id"]))
+
+
+def test_held_out_images_that_clipn_calls_ood_do_not_set_the_threshold(folder, monkeypatch):
+    """All images of the class "cat" are called OOD; those of the others set the threshold."""
+    used = []
+    monkeypatch.setitem(DECISIONS, "CTW", lambda yes, no: torch.arange(len(yes)) >= len(yes) * 2 // 3)
+    calibrate = clipn.Detector.calibrate
+
+    def spy(self, paths, *arguments, **options):
+        used.extend(paths)
+        return calibrate(self, paths, *arguments, **options)
+
+    monkeypatch.setattr(
+        clipn.Detector, "calibrate", lambda self, paths, *a, **o: used.extend(paths) or calibrate(self, paths, *a, **o)
+    )
+    words = [folder / "id", "--classes", ",".join(NAMES), "--checkpoint", folder / "clipn.pt", "--method", "kNN"]
+    assert predict(*words, "--fit", folder / "train", "--train-filter", "CTW") == 0
+    assert sorted({path.parent.name for path in used}) == ["apple", "bus"] and len(used) == 6
 
 
 def test_images_that_clipn_calls_ood_are_not_learned(loaded, images, labels, monkeypatch):
@@ -303,12 +323,27 @@ def test_a_no_tower_trained_further_on_the_same_base_is_accepted(fitted, images,
     assert torch.equal(again.predict(images["id"][0]).logits, expected.logits)
 
 
+def test_one_class_and_wrong_batch_sizes_are_errors(loaded, images):
+    with pytest.raises(ValueError, match="a probe tells classes apart"):
+        loaded.with_classes(["cat"], method="PLP-MSP").fit(images["train"])
+    for size in (0, -1, 1.5, "8", None):
+        for call in (loaded.fit, loaded.calibrate, loaded.predict):
+            with pytest.raises(ValueError, match="batch_size="):
+                call(images["id"], batch_size=size)
+    with pytest.raises(ValueError, match="a folder; give a list of its images"):
+        loaded.fit(images["id"][0].parent)
+
+
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
         ("detector.json", b"{", "detector.json: not the settings"),
         ("detector.json", b'{"format": 7}', "format 7: this version of clipn reads 1"),
         ("detector.json", b'{"format": 1}', "detector.json: not the settings of a saved detector: 'class_names'"),
+        ("detector.json", {"threshold": "0.5"}, "detector.json: .*threshold='0.5'"),
+        ("detector.json", {"threshold": float("nan")}, "detector.json: .*threshold=nan"),
+        ("detector.json", {"threshold": True}, "detector.json: .*threshold=True"),
+        ("detector.json", {"probe": {"epoch": 3}}, "detector.json: .*'epoch'"),
         ("training.safetensors", b"short", "training.safetensors: not whole"),
         ("training.safetensors", None, "training.safetensors: not whole"),
     ],
@@ -316,18 +351,33 @@ def test_a_no_tower_trained_further_on_the_same_base_is_accepted(fitted, images,
 def test_a_damaged_folder_is_refused(fitted, tmp_path, file, change, words):
     fitted.save(tmp_path / "saved")
     path = tmp_path / "saved" / file
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(path.read_text()) | change).encode()
     path.unlink() if change is None else path.write_bytes(change)
     with pytest.raises(ValueError, match=words):
         clipn.Detector.from_pretrained(tmp_path / "saved", device="cpu")
 
 
-def test_saving_leaves_no_complete_folder_when_it_is_interrupted(fitted, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_detector(fitted, loaded, images, tmp_path, monkeypatch):
     fitted.save(tmp_path / "saved")
-    monkeypatch.setattr("clipn.deploy.saved.save_fits", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
-        fitted.save(tmp_path / "saved")
-    with pytest.raises(ValueError, match="class_names: expected a list"):
-        clipn.Detector.from_pretrained(tmp_path / "saved", device="cpu")
+    monkeypatch.setattr("clipn.deploy.saved.write_safetensors", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        loaded.save(tmp_path / "saved")
+    again = clipn.Detector.from_pretrained(tmp_path / "saved", device="cpu")
+    assert scores(again.predict(images["id"])) == pytest.approx(scores(fitted.predict(images["id"])), rel=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_other_weights_drop_the_threshold(fitted, loaded, images, tmp_path, caplog):
+    for name, detector in (("PLP+ATD", fitted), ("MCM", loaded)):
+        calibrated = detector.with_classes(NAMES, method=name)
+        calibrated.calibrate(images["id"])
+        calibrated.save(tmp_path / name)
+        other = write_clipn(tmp_path / f"{name}.pt", no_seed=9)
+        clipn.Detector.from_pretrained(other, NAMES, device="cpu").save(tmp_path / "other")
+        (tmp_path / "other" / "clipn.safetensors").replace(tmp_path / name / "clipn.safetensors")
+        assert clipn.Detector.from_pretrained(tmp_path / name, device="cpu").threshold is None
+    assert caplog.text.count("the saved threshold is dropped") == 2
 
 
 @pytest.mark.parametrize("method", ["1NN", "GL-MCM"])
@@ -392,16 +442,30 @@ def test_the_images_that_set_the_threshold_are_held_out(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--fit", "train", "--method", "MCM"], "method MCM does not learn; these do: .*kNN"),
+        (["--fit", "train", "--method", "MCM"], "method MCM does not learn; methods that do: .*kNN"),
         (["--fit", "train"], "method ATD does not learn"),
         (["--fit", "nowhere", "--method", "kNN"], "no such folder: .*nowhere"),
-        (["--method", "kNN"], r"kNN decides only by a threshold|kNN learns"),
-        (["--fit", "flat", "--method", "RMD"], "RMD .* with labels"),
+        (["--method", "kNN"], "kNN learns from images of the classes: name their folder with --fit"),
+        (
+            ["--fit", "flat", "--method", "RMD"],
+            "RMD needs folders .* and it has no class folders",
+        ),
+        (
+            ["--fit", "train", "--method", "RMD", "--classes", "apple,bus"],
+            "its class folder 'cat' is none of the classes",
+        ),
+        (["--fit", "train", "--method", "kNN", "--calibrate", "empty"], "calibrate .*empty: no image there"),
+        (["--train-filter", "CTW"], "--train-filter=CTW: filters the images of --fit, which is missing"),
+        (["--fit", "one", "--method", "kNN"], "one image, which would set the threshold; name others with --calibrate"),
+        (["--fit", "train", "--method", "kNN", "--keep", "1.5"], "keep=1.5"),
+        (["--fit", "train", "--method", "kNN", "--save", "train"], "train: holds something else than a saved detector"),
     ],
 )
 def test_bad_input_is_one_line(folder, tmp_path, capsys, words, message):
     write_images(folder / "flat", *(f"{n}.png" for n in range(20)))
-    words = [str(folder / word) if word in ("train", "nowhere", "flat") else word for word in words]
+    write_images(folder / "one", "0.png")
+    (folder / "empty").mkdir(exist_ok=True)
+    words = [str(folder / word) if word in ("train", "nowhere", "flat", "one", "empty") else word for word in words]
     common = [folder / "id", "--classes", ",".join(NAMES), "--checkpoint", folder / "clipn.pt"]
     assert predict(*common, *words) == 1
     assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])

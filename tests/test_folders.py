@@ -211,7 +211,7 @@ def test_a_name_that_is_not_text_and_a_link_that_leads_back(run, photos, csv_fil
         (None, {"method": "MCM"}, ["MCM decides only by a threshold", "CTW or ATD"]),
         (None, {"method": "Magic"}, ["method='Magic'", "CTW"]),
         (None, {"templates": "missing.txt"}, ["templates='missing.txt'", "simple"]),
-        (None, {"calibrate": "texts"}, ["at least one"]),
+        (None, {"calibrate": "texts"}, ["calibrate texts", "no image"]),
         (None, {"keep": "0.9"}, ["--keep=0.9", "--calibrate"]),
         (None, {"batch-size": "0"}, ["batch_size=0"]),
         (None, {"device": "tpu:x"}, ["device='tpu:x'"]),

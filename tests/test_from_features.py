@@ -138,6 +138,8 @@ def test_scores_are_finite_and_independent_of_the_other_images(classes, width, e
     train = F.normalize(torch.randn(count, width, generator=seeded(seed)).round(decimals=1) + 0.01, dim=1)
     labels, images = torch.arange(count) % classes, unit((5, width), seed + 2)
     for name in NAMES:
+        if name == "RMD" and classes == 1:
+            continue  # it is always 0 and refused
         score = fitted(name, train, labels, head)
         together = score(images)
         assert together.isfinite().all(), name

@@ -72,7 +72,8 @@ def to_image(image: AnyImage) -> Image.Image | Tensor:
         if not Path(image).exists():
             raise FileNotFoundError(f"{name}: no such file")
         if not Path(image).is_file():  # a pipe or a device may never end
-            raise ValueError(f"{name}: not a file")
+            kind = "a folder; give a list of its images" if Path(image).is_dir() else "not a file"
+            raise ValueError(f"{name}: {kind}")
     elif isinstance(image, Image.Image):
         name = "PIL image"
     elif hasattr(image, "read"):

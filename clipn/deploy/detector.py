@@ -20,7 +20,7 @@ from clipn.data.prompts import check_class_names, load_templates
 from clipn.deploy.class_weights import ClassWeights
 from clipn.deploy.pixels import PixelReader
 from clipn.deploy.result import Result, make_results
-from clipn.deploy.saved import check_tokens, read_settings, read_training, write_detector
+from clipn.deploy.saved import check_tokens, is_same_model, read_settings, read_training, write_detector
 from clipn.deploy.state import State, check_method, learned, make_state, unfitted
 from clipn.deploy.training_images import encode_training
 from clipn.methods.registry import MethodInputs
@@ -88,7 +88,7 @@ class Detector:
         given = {"class_names": class_names, "templates": templates, "method": method, "scale": scale}
         settings = (saved or _DEFAULTS) | {name: value for name, value in given.items() if value is not None}
         if settings["class_names"] is None:
-            raise ValueError(f"class_names: expected a list of names, since {checkpoint} is no saved detector")
+            raise ValueError(f"class_names: expected a list of names, since {checkpoint} has no detector.json")
         settings["class_names"] = check_class_names(settings["class_names"])  # before the weights are loaded
         check_method(settings["method"], settings["scale"])
         settings["templates"] = load_templates(settings["templates"], "templates")
@@ -103,7 +103,11 @@ class Detector:
                 training |= {"tokens": None}  # they show the saved classes
             state = detector._new_state(settings["method"], detector.class_names, detector.templates, training)
             check_tokens(checkpoint, saved, state.inputs)
-            detector._state = state._replace(threshold=saved["threshold"] if all(same.values()) else None)
+            if all(same.values()) and is_same_model(saved, model):
+                state = state._replace(threshold=saved["threshold"])
+            elif saved["threshold"] is not None:
+                log.warning("%s: the saved threshold is dropped: weights or settings are not those of it", checkpoint)
+            detector._state = state
         return detector
 
     @property
@@ -126,6 +130,11 @@ class Detector:
     def threshold(self) -> float | None:
         """Images with a lower score are OOD. None: the method's own decision."""
         return self._state.threshold
+
+    @property
+    def lacks(self) -> str | None:
+        """What the method has yet to learn from before it can predict; None if it is ready."""
+        return self._state.lacks
 
     @property
     def device(self) -> torch.device:
@@ -215,7 +224,6 @@ class Detector:
         Raises ValueError or FileNotFoundError that names an unreadable image. URLs are never fetched.
         """
         require(on_error in ("raise", "return"), "on_error", on_error, "raise or return")
-        require(isinstance(batch_size, int) and batch_size > 0, "batch_size", batch_size, "a whole number, 1 or more")
         if is_one_image(images):
             return next(self._results([images], self._ready(), 1, on_error))
         results = self._results(images, self._ready(), batch_size, on_error)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import os
 import shutil
 import sys
@@ -14,17 +15,22 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from clipn.config.schema import require
 from clipn.data.image_sets import find_images, open_image_set
 from clipn.data.images import IMAGE_SUFFIXES
 from clipn.deploy.detector import Detector
 from clipn.deploy.result import Result
+from clipn.deploy.saved import check_folder
 from clipn.deploy.state import DETECTOR_METHODS
 from clipn.methods.registry import METHODS
 from clipn.runtime.console import FAILED, printable
 from clipn.runtime.files import atomic_write
 from clipn.scores import DECISIONS, SCORES
 
+log = logging.getLogger(__name__)
+
 _HELD_OUT = 10  # every tenth image of --fit sets the threshold
+_FEW = 20  # fewer images give a rough threshold
 _TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # a file name may be bytes that are no text
 
 
@@ -73,6 +79,8 @@ def predict_folders(
     _check_targets(sources, csv_file, ood_folder)
     if training:
         _train(detector, training, batch_size)
+    if detector.lacks:
+        raise ValueError(f"method {detector.method} learns from images of the classes: name their folder with --fit")
     if detector.method not in DECISIONS and detector.threshold is None:
         choices = " or ".join(DECISIONS)
         raise ValueError(f"method {detector.method} decides only by a threshold: calibrate it, or choose {choices}")
@@ -108,27 +116,57 @@ def predict_folders(
 
 def _train(detector: Detector, training: Training, batch_size: int) -> None:
     """Fit, calibrate and save the detector. Raises ValueError for images that it cannot learn from."""
+    require(0 < training.keep <= 1, "keep", training.keep, "a share above 0, up to 1")
+    if training.save:
+        check_folder(training.save)
     calibration: list[Path] = []
     if training.calibrate:
         calibration = [path for _, path in _images([Path(training.calibrate)])]
+        if not calibration:
+            raise ValueError(f"calibrate {training.calibrate}: no image there ({', '.join(IMAGE_SUFFIXES)})")
     if training.fit:
-        if detector.method in SCORES:
-            learning = ", ".join(name for name in DETECTOR_METHODS if name in METHODS and METHODS[name].needs)
-            raise ValueError(f"fit {training.fit}: method {detector.method} does not learn; these do: {learning}")
-        images = open_image_set("fit", training.fit)
-        names = [folder.replace("_", " ") for folder in images.classes]
-        labelled = bool(names) and set(names) <= set(detector.class_names)
-        labels = [names[label] for label in images.labels] if labelled else None
-        held_out = [] if calibration else range(0, len(images), _HELD_OUT)
-        calibration = calibration or [images.paths[number] for number in held_out]
-        kept = sorted(set(range(len(images))) - set(held_out))
-        labels = None if labels is None else [labels[number] for number in kept]
-        detector.fit([images.paths[number] for number in kept], labels, batch_size, "skip", training.train_filter)
-    if training.fit or training.calibrate:
+        held_out = _fit(detector, training, batch_size)
+        calibration = calibration or held_out
+    if calibration:
         detector.calibrate(calibration, training.keep, batch_size, on_error="skip" if training.fit else "raise")
     if training.save:
         detector.save(training.save)
         print(f"saved: {training.save}, which --checkpoint reads", file=sys.stderr)
+
+
+def _fit(detector: Detector, training: Training, batch_size: int) -> list[Path]:
+    """Fit the detector; returns the images that were held out, none if `training` names others for the threshold."""
+    source, method = f"fit {training.fit}", detector.method
+    if method in SCORES:
+        learning = ", ".join(name for name in DETECTOR_METHODS if name in METHODS and METHODS[name].needs)
+        raise ValueError(f"{source}: method {method} does not learn; methods that do: {learning}")
+    images = open_image_set("fit", training.fit)
+    names = [folder.replace("_", " ") for folder in images.classes]
+    other = [name for name in names if name not in detector.class_names]
+    labelled = bool(names) and not other
+    if not labelled and method in METHODS and "labels" in METHODS[method].needs:
+        reason = f"its class folder {other[0]!r} is none of the classes" if other else "it has no class folders"
+        raise ValueError(f"{source}: {method} needs folders that are named like the classes, and {reason}")
+    held_out = [] if training.calibrate else range(0, len(images), _HELD_OUT)
+    kept = sorted(set(range(len(images))) - set(held_out))
+    if not kept:
+        raise ValueError(f"{source}: one image, which would set the threshold; name others with --calibrate")
+    labels = [names[images.labels[number]] for number in kept] if labelled else None
+    detector.fit([images.paths[number] for number in kept], labels, batch_size, "skip", training.train_filter)
+    paths = [images.paths[number] for number in held_out]
+    if training.train_filter:
+        filtering = detector.with_classes(detector.class_names, method=training.train_filter)
+        results = filtering.predict(paths, batch_size, on_error="return")
+        paths = [
+            path
+            for path, result in zip(paths, results, strict=True)
+            if not (isinstance(result, Result) and result.is_ood)  # calibration names unreadable ones
+        ]
+        if held_out and not paths:
+            raise ValueError(f"{source}: train_filter={training.train_filter} calls all held-out images OOD")
+    if held_out and len(paths) < _FEW:
+        log.warning("%s: only %d held-out images set the threshold; --calibrate DIR names more", source, len(paths))
+    return paths
 
 
 def _outermost(sources: Sequence[str | Path]) -> list[Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clipn.config.schema import require
 from clipn.data.images import AnyImage, Transform, to_image
 from clipn.deploy.batches import map_batches
 
@@ -24,6 +25,7 @@ class PixelReader:
 
     def batches(self, images: Iterable[AnyImage], size: int) -> Iterator[list[Tensor | Exception]]:
         """Lists of `size` images [3, H, W], with the error of an unreadable one in its place; read one batch ahead."""
+        require(type(size) is int and size > 0, "batch_size", size, "a whole number, 1 or more")
         return map_batches(self._read, enumerate(images), size)
 
     def _read(self, numbered: tuple[int, AnyImage]) -> Tensor | Exception:

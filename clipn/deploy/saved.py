@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from clipn.model.hashing import weights_hash
 from clipn.model.weights import WEIGHTS
 from clipn.runtime.files import atomic_write
 
-SETTINGS = "detector.json"  # written last: a folder without it is incomplete
+SETTINGS = "detector.json"
 _TRAINING = "training.safetensors"  # features [M, D], tower [M, W], labels [M] and tokens of the training images
 _FOLDERS = {"probe_folder": "probes", "tagood_folder": "tagood"}
 _FORMAT = 1
-_TYPES = {"class_names": list, "templates": list, "method": str, "scale": float, "fitted": bool}
+_TYPES = {"class_names": list, "templates": list, "method": str, "scale": float, "threshold": (float, type(None))}
+_TYPES |= {"fitted": bool, "image_tower": str, "model": str, "tagger": (str, type(None)), "probe": dict, "tagood": dict}
 
 
 def write_detector(folder: str | Path, inputs: MethodInputs, settings: dict[str, Any]) -> None:
@@ -29,11 +32,22 @@ def write_detector(folder: str | Path, inputs: MethodInputs, settings: dict[str,
 
     Raises ValueError for a folder that holds something else.
     """
-    folder, model = Path(folder), inputs.model
-    if folder.exists() and not (folder.is_dir() and ((folder / SETTINGS).is_file() or not any(folder.iterdir()))):
-        raise ValueError(f"{folder}: holds something else than a saved detector; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).unlink(missing_ok=True)
+    folder = Path(folder)
+    check_folder(folder)
+    staging, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{name}") for name in ("partial", "old"))
+    try:
+        staging.mkdir(parents=True)
+        _write(staging, inputs, settings)
+        if folder.exists():
+            folder.rename(old)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(folder: Path, inputs: MethodInputs, settings: dict[str, Any]) -> None:
+    model = inputs.model
     facts = {"architecture": model.architecture, "preprocess": dict(model.preprocess)}
     write_safetensors(model.published_state(), facts, folder / WEIGHTS)
     if inputs.train is not None:
@@ -46,10 +60,22 @@ def write_detector(folder: str | Path, inputs: MethodInputs, settings: dict[str,
             file.write(save({name: value.cpu().contiguous() for name, value in columns.items() if value is not None}))
         save_fits(inputs, *(folder / name for name in _FOLDERS.values()))
     settings = settings | {"format": _FORMAT, "fitted": inputs.train is not None, "image_tower": _tower_hash(model)}
-    settings |= {"probe": vars(inputs.probe), "tagood": vars(inputs.tagood)}
+    settings |= {"probe": vars(inputs.probe), "tagood": vars(inputs.tagood), "model": weights_hash(model)}
     settings |= {"tagger": _hash(inputs.tagger.identity) if inputs.tokens else None}
     with atomic_write(folder / SETTINGS) as file:
         file.write(json.dumps(settings, indent=2).encode())
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise ValueError for a folder that holds something else than a saved Detector."""
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / SETTINGS).is_file() or not any(folder.iterdir()))):
+        raise ValueError(f"{folder}: holds something else than a saved detector; choose another folder")
+
+
+def is_same_model(settings: dict[str, Any], model: CLIPN) -> bool:
+    """Whether a model has the weights that were saved."""
+    return settings["model"] == weights_hash(model)
 
 
 def read_settings(folder: str | Path) -> dict[str, Any] | None:
@@ -61,9 +87,11 @@ def read_settings(folder: str | Path) -> dict[str, Any] | None:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings["format"] != _FORMAT:
             raise ValueError(f"format {settings['format']}: this version of clipn reads {_FORMAT}")
-        wrong = [name for name, kind in _TYPES.items() if not isinstance(settings[name], kind)]
-        if wrong:
-            raise ValueError(f"{wrong[0]}={settings[wrong[0]]!r}")
+        for name, kinds in _TYPES.items():
+            value = settings[name]
+            if not isinstance(value, kinds) or isinstance(value, bool) and kinds is not bool or value != value:
+                raise ValueError(f"{name}={value!r}")
+        settings["probe"], settings["tagood"] = ProbeConfig(**settings["probe"]), TagoodConfig(**settings["tagood"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the settings of a saved detector: {error}; save it again") from error
     return settings
@@ -86,7 +114,7 @@ def read_training(folder: str | Path, settings: dict[str, Any], model: CLIPN) ->
         features, tower, labels = columns.pop("features"), columns.pop("tower"), columns.pop("labels", None)
         if not len(features) == len(tower) == (len(tower) if labels is None else len(labels)):
             raise ValueError("columns of different lengths")
-        learned = {"probe": ProbeConfig(**settings["probe"]), "tagood": TagoodConfig(**settings["tagood"])}
+        learned = {name: settings[name] for name in ("probe", "tagood")}
         learned |= {"tokens": open_tokens([columns], model.logit_scale.device) if columns else None}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: not whole ({error}); fit and save the detector again") from error

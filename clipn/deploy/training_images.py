@@ -1,6 +1,7 @@
 """What a Detector keeps of in-distribution training images: their features and labels."""
 
 import logging
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -61,10 +62,16 @@ def encode_training(
 
 def _numbers(labels: Sequence[int | str], class_names: Sequence[str]) -> Tensor:
     """Class names or numbers as numbers [M]."""
-    by_name = {name: number for number, name in reversed(list(enumerate(class_names)))}
-    numbers = [by_name.get(label) if isinstance(label, str) else int(label) for label in labels]
-    for label, number in zip(labels, numbers, strict=True):
-        if number is None or not 0 <= number < len(class_names):
+    if not isinstance(labels, Iterable) or isinstance(labels, (str, bytes, dict)):
+        raise ValueError(f"fit: labels={labels!r}: expected a name or a number for each image")
+    by_name, numbers = {name: number for number, name in reversed(list(enumerate(class_names)))}, []
+    for label in labels:
+        try:
+            number = by_name[label] if isinstance(label, str) else operator.index(label)
+        except (KeyError, TypeError, ValueError):
+            number = -1
+        if isinstance(label, bool) or not 0 <= number < len(class_names):
             names = ", ".join(class_names[:5]) + ", ..." * (len(class_names) > 5)
             raise ValueError(f"fit: label {label!r} is no class: expected 0 to {len(class_names) - 1}, or {names}")
+        numbers.append(number)
     return torch.tensor(numbers, dtype=torch.long)

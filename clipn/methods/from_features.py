@@ -48,6 +48,8 @@ def fit_mahalanobis(features: Tensor, labels: Tensor | None, num_classes: int, r
     covariance then lacks some directions, and an outlier in such a direction would not be detected.
     """
     _check_labels(features, labels, num_classes, "RMD" if relative else "Mahalanobis")
+    if relative and num_classes < 2:
+        raise ValueError("RMD: one class, of which the relative distance is always 0; use Mahalanobis")
     labels = labels.to(features.device).long()
     means = features.new_zeros(num_classes, features.shape[1], dtype=torch.float64)
     # products, because index_add adds in any order on a GPU

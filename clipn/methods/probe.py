@@ -164,6 +164,8 @@ def _check(tower: Rows, labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"probe: expected outputs [N, W] of two training images or more, got {[*tower.shape]}")
     if labels.shape != (count,):
         raise ValueError(f"probe: {count} training images, but labels of shape {[*labels.shape]}")
+    if num_classes < 2:
+        raise ValueError(f"probe: {num_classes} class; a probe tells classes apart and needs two or more")
     if count < num_classes:
         raise ValueError(f"probe: {count} training images are too few for {num_classes} classes")
     if labels.min() < 0 or labels.max() >= num_classes:
