@@ -103,6 +103,50 @@ def test_constant_attention_counts_as_all_ones(images):
     assert tag(tagger_of(model, head), grey).attention.tolist() == [[1.0] * 17]
 
 
+@pytest.mark.parametrize("vision", [{"layers": 2, "patch_size": 8}, RESNET])
+def test_gradient_attention_against_finite_differences(vision):
+    """The best class's cosine, when the pixels of one patch move along their gradient."""
+    model, head = make(vision)
+    size = vision.get("image_size", 32)
+    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(3))
+    model, weights = model.double(), head.weight_yes.double()
+    side = {32: 4, 64: 2}[size]
+    patch = size // side
+    slow = torch.zeros(side, side, dtype=torch.float64)
+
+    def best(pixels):
+        return (F.normalize(model.base.encode_image(pixels), dim=-1) @ weights.T).amax(dim=1)
+
+    with torch.enable_grad():
+        pixels = image.double().requires_grad_()
+        (gradient,) = torch.autograd.grad(best(pixels).sum(), pixels)
+    for row in range(side):
+        for column in range(side):
+            here = (..., slice(row * patch, (row + 1) * patch), slice(column * patch, (column + 1) * patch))
+            length = gradient[here].norm()
+            step = torch.zeros_like(gradient)
+            step[here] = 1e-5 * gradient[here] / length
+            difference = best(image.double() + step) - best(image.double() - step)
+            slow[row, column] = difference.item() / 2e-5
+    slow = (slow - slow.min()) / (slow.max() - slow.min())
+    tagger = tagger_of(model.float(), head, attention="gradient")
+    with torch.inference_mode():
+        tags = tag(tagger, image)
+    np.testing.assert_allclose(tags.attention[0, 1:].numpy(), slow.flatten().numpy(), atol=1e-3)
+    assert float(tags.attention[0, 0]) == 1 and all(p.grad is None for p in model.parameters())
+
+
+def test_gradient_attention_of_an_image_does_not_depend_on_the_others(vit, images):
+    tagger = tagger_of(*vit, attention="gradient")
+    together = tag(tagger, images)
+    for number, image in enumerate(images):
+        torch.testing.assert_close(
+            tag(tagger, image[None]).attention[0], together.attention[number], rtol=1e-3, atol=1e-3
+        )
+    cosine = tag(tagger_of(*vit), images)
+    assert torch.equal(cosine.tokens, together.tokens) and torch.equal(cosine.confidence, together.confidence)
+
+
 def test_the_identity_holds_all_that_tags_depend_on(vit):
     model, head = vit
     changed = clipn.Head(head.weight_yes, -head.weight_no)
@@ -111,6 +155,7 @@ def test_the_identity_holds_all_that_tags_depend_on(vit):
         tagger_of(model, head, scale=6.0).identity,
         tagger_of(model, head, tag_threshold=0.4).identity,
         tagger_of(model, head, tags="clipn").identity,
+        tagger_of(model, head, attention="gradient").identity,
         tagger_of(model, changed, tags="clipn").identity,
         tagger_of(model, clipn.Head(head.weight_yes, head.weight_no, 0.1), tags="clipn").identity,
         tagger_of(model, clipn.Head(-head.weight_yes, head.weight_no)).identity,

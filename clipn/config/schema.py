@@ -14,6 +14,7 @@ NO_TOWERS = ("tower", "adapter")
 SOURCES = ("pairs", "features")
 FEATURE_DTYPES = ("float16", "float32")
 SOLVERS = ("adam", "lbfgs")
+ATTENTIONS = ("cosine", "gradient")
 TAG_SCORES = ("cosine", "cosine*tag")
 UNTAGGED = ("keep", "reject")
 DECISIONS = ("CTW", "ATD")
@@ -271,6 +272,7 @@ class TagoodConfig(_Section):
     weights: str | None = None  # ram, ram++: their file of weights
     tags: str = "classes"  # classes: their names | clipn: clip with the no tower's veto | a .txt file, a tag a class
     tag_threshold: float = 0.5  # ram: of a tag's confidence; clip: of its probability relative to the largest
+    attention: str = "cosine"  # clip: of a patch and the class name | gradient: of the best cosine at the pixels
     attention_threshold: float = 0.5  # tokens with more attention are kept
     max_tokens: int = 16  # tokens of an image at most, beside the one of the whole image; the paper: 144
     width: int = 512
@@ -304,6 +306,7 @@ class TagoodConfig(_Section):
         self._check("lr_min", 0 <= self.lr_min <= self.lr, f"0 to tagood.lr={self.lr}")
         self._at_least(0, "weight_decay", "centre_weight")
         self._check("centre_decay", 0 <= self.centre_decay <= 1, "0 to 1")
+        self._one_of("attention", ATTENTIONS)
         self._one_of("score", TAG_SCORES)
         self._one_of("untagged", UNTAGGED)
         self._seed("seed", self.seed)

@@ -8,11 +8,13 @@ calls FUNCTION(settings, model, head, class_names, scale), which returns a tagge
 import difflib
 import importlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from torch import Tensor, nn
 
@@ -111,19 +113,23 @@ def tag(tagger: Tagger, pixels: Tensor) -> Tags:
 class ClipTagger:
     """The base itself: an ID class is a tag if its probability is at least tag_threshold times the largest.
 
-    The attention to a tag is the cosine of a patch and the class name. tags=clipn also asks p_yes > 0.5, so that an
-    image may have no tag, and multiplies the confidence by p_yes. Raises ValueError for a base without patch features.
+    The attention to a tag is the cosine of a patch and the class name, or for all tags the length of the gradient of
+    the best class's cosine at the pixels of a patch, for bases whose patch features do not name what they show.
+    tags=clipn also asks p_yes > 0.5, so that an image may have no tag, and multiplies the confidence by p_yes.
+
+    Raises ValueError for a base without patch features, and gradients without a square grid of patches.
     """
 
     def __init__(self, settings: TagoodConfig, model: CLIPN, head: Head, scale: float) -> None:
         self.model, self.head, self.scale = model, head, scale
         self.threshold, self.veto = settings.tag_threshold, settings.tags == "clipn"
+        self.gradient = settings.attention == "gradient"
         self.dim, self.preprocess = head.weight_yes.shape[1], model.preprocess
         weights = [tensor_hash(head.weight_yes)]
         if self.veto:
             weights += [tensor_hash(head.weight_no), *([head.bias] if head.bias else [])]
         parts = ["clip", model.architecture, weights_hash(model.base.visual), *weights, scale, self.threshold]
-        self.identity = json.dumps(parts, sort_keys=True)
+        self.identity = json.dumps(parts + ["gradient"] * self.gradient, sort_keys=True)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tags:
@@ -135,10 +141,25 @@ class ClipTagger:
             if self.veto:
                 p_yes = torch.sigmoid(logits_yes - logits_no)
                 chosen, confidence = chosen & (p_yes > 0.5), confidence * p_yes
-            weights = self.head.weight_yes
-            attention, confidence, tagged = _combine(confidence, chosen, lambda used: patches @ weights[used].T)
+            attention, confidence, tagged = _combine(confidence, chosen, self._attention(pixels, patches))
         attention = torch.cat([torch.ones_like(attention[:, :1]), attention], dim=1)  # the image is always a token
         return Tags(torch.cat([features[:, None], patches], dim=1), attention, confidence, tagged)
+
+    def _attention(self, pixels: Tensor, patches: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function of tag numbers [t] -> the attention [B, P, t] of the patches to these."""
+        weights = self.head.weight_yes
+        if not self.gradient:
+            return lambda used: patches @ weights[used].T
+        places = patches.shape[1]
+        side = math.isqrt(places)
+        if side**2 != places:
+            raise ValueError(f"tagood.attention=gradient: {places} patches are no square grid; use cosine")
+        with torch.inference_mode(False), torch.enable_grad():
+            pixels, weights = pixels.detach().clone().requires_grad_(), weights.clone()
+            best = (self.model.encode_image(pixels).float() @ weights.T).amax(dim=1)
+            (gradient,) = torch.autograd.grad(best.sum(), pixels)
+        squares = F.adaptive_avg_pool2d(gradient.float().square().sum(dim=1, keepdim=True), side)
+        return lambda used: squares.sqrt().flatten(2).mT.expand(-1, -1, len(used))
 
 
 class RamTagger:

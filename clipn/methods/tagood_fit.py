@@ -33,7 +33,16 @@ log = logging.getLogger(__name__)
 _ROWS = 1024  # images in a block
 _SAVE_EVERY = 60.0  # seconds between two states of an unfinished fit
 # Settings that the fitted weights do not depend on, beyond the tokens themselves.
-_NOT_OF_THE_FIT = ("tagger", "weights", "tags", "tag_threshold", "attention_threshold", "score", "untagged")
+_NOT_OF_THE_FIT = (
+    "tagger",
+    "weights",
+    "tags",
+    "tag_threshold",
+    "attention",
+    "attention_threshold",
+    "score",
+    "untagged",
+)
 
 Encoder = Callable[[Tensor, Tensor], Tensor]  # tokens [B, n, D] and mask [B, n] -> features [B, W]
 
