@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from clipn.data.image_sets import open_image_set, open_known_set
 from clipn.data.known_sets import KNOWN_SETS, KnownSet, known_set
-from clipn.runtime.files import atomic_write
+from clipn.runtime.files import atomic_write, extract_tar
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
@@ -129,7 +129,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 content.extractall(folder)
         else:
             with tarfile.open(archive) as content:
-                content.extractall(folder, filter="data")
+                extract_tar(content, folder)
         shutil.rmtree(folder / "__MACOSX", ignore_errors=True)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(f"{archive}: not a complete tar or zip file, delete it and run this again: {error}") from error

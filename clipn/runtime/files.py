@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,18 @@ def link_or_copy(path: Path, name: Path) -> None:
         os.replace(partial, name)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def extract_tar(archive: tarfile.TarFile, folder: Path) -> None:
+    """Unpack an open tar file. Raises tarfile.TarError for a member that would be written outside of the folder."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(folder, filter="data")
+        return
+    for member in archive:  # Python before 3.10.12 and 3.11.4
+        inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+        if not inside or not (member.isfile() or member.isdir()):
+            raise tarfile.ExtractError(f"{member.name!r} would be unpacked outside of {folder}, or is no plain file")
+    archive.extractall(folder)
 
 
 def _partial(path: Path) -> Path:

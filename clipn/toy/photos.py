@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 
 from clipn.data.prompts import caption_labeller
-from clipn.runtime.files import atomic_write
+from clipn.runtime.files import atomic_write, extract_tar
 from clipn.toy.generate import write_digits
 
 MARKER = "photos.json"  # written last: a folder without it is incomplete
@@ -33,7 +33,7 @@ def unpack_photos(source: str | Path, root: str | Path, image_size: int = 32) ->
     root.mkdir(parents=True, exist_ok=True)
     for archive in archives:
         with tarfile.open(archive) as tar:
-            tar.extractall(root, filter="data")
+            extract_tar(tar, root)
     for shard in shards:
         _unpack_training_images(shard, root)
     write_digits(root / "digits", image_size, images_per_class=50, seed=0)
