@@ -87,7 +87,7 @@ def without_filters(monkeypatch, python):
     """Make tarfile that of Python 3.11.3 if `python` is old."""
     if python == "old":
         extract = tarfile.TarFile.extractall
-        monkeypatch.delattr(tarfile, "data_filter")
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
         monkeypatch.setattr(tarfile.TarFile, "extractall", lambda self, path: extract(self, path))
 
 
