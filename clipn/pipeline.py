@@ -1,5 +1,7 @@
 """A whole run as its config describes it: world, base, training, evaluation, report; or the evaluation alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clipn.config.loading import base_config, load_config, to_dict
@@ -44,10 +46,7 @@ def run_training(path: str, overrides: list[str]) -> None:
 
 def run_eval(path: str, overrides: list[str]) -> None:
     """Evaluate the checkpoints that a config file with these `key=value` overrides names; raises as `evaluate` does."""
-    config = _with_image_sets(path, overrides)
-    with process_group(choose_device(config.run.device)):
-        start_log(config.run.dir)
-        make_world(config.world)
+    with _opened(path, overrides) as config:
         evaluation = evaluate(config)
         _write(config, evaluation)
         _show(config, evaluation)
@@ -58,10 +57,7 @@ def run_adversarial(path: str, overrides: list[str]) -> None:
 
     Raises as `evaluate_adversarial` does.
     """
-    config = _with_image_sets(path, overrides)
-    with process_group(choose_device(config.run.device)):
-        start_log(config.run.dir)
-        make_world(config.world)
+    with _opened(path, overrides) as config:
         results, sets = evaluate_adversarial(config)
         if is_main():
             folder = Path(config.run.dir) / "adversarial"
@@ -75,10 +71,7 @@ def run_correlation(path: str, overrides: list[str]) -> None:
 
     The same call resumes: features are kept.
     """
-    config = _with_image_sets(path, overrides)
-    with process_group(choose_device(config.run.device)):
-        start_log(config.run.dir)
-        make_world(config.world)
+    with _opened(path, overrides) as config:
         points, fits = correlate(config)
         if is_main():
             folder = Path(config.run.dir) / "correlation"
@@ -139,11 +132,16 @@ def evaluate_all(config: Config, runs: list[Config]) -> Evaluation | None:
     return joined
 
 
-def _with_image_sets(path: str, overrides: list[str]) -> Config:
+@contextmanager
+def _opened(path: str, overrides: list[str]) -> Iterator[Config]:
+    """The config of an evaluation, with its process group, log and world. Raises ValueError without an eval.id."""
     config = load_config(path, overrides)
     if config.eval.id is None:
         raise ValueError(f"{path}: eval.id: names no image set to evaluate on")
-    return config
+    with process_group(choose_device(config.run.device)):
+        start_log(config.run.dir)
+        make_world(config.world)
+        yield config
 
 
 def _write(config: Config, evaluation: Evaluation) -> None:
