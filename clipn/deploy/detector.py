@@ -103,10 +103,12 @@ class Detector:
                 training |= {"tokens": None}  # they show the saved classes
             state = detector._new_state(settings["method"], detector.class_names, detector.templates, training)
             check_tokens(checkpoint, saved, state.inputs)
-            if all(same.values()) and is_same_model(saved, model):
-                state = state._replace(threshold=saved["threshold"])
-            elif saved["threshold"] is not None:
-                log.warning("%s: the saved threshold is dropped: weights or settings are not those of it", checkpoint)
+            if saved["threshold"] is not None:
+                if all(same.values()) and is_same_model(saved, model):
+                    state = state._replace(threshold=saved["threshold"])
+                else:
+                    reason = "weights or settings are not those that it was set with"
+                    log.warning("%s: the saved threshold is dropped: %s", checkpoint, reason)
             detector._state = state
         return detector
 
