@@ -14,8 +14,9 @@ from torch import Tensor
 
 from clipn.config.schema import Config
 from clipn.evaluation.evaluate import Sets, matching_files, open_models, open_sets
+from clipn.features.columns import Rows
 from clipn.features.image_sets import image_set_features
-from clipn.methods.neighbours import Rows, knn_classifier
+from clipn.methods.neighbours import knn_classifier
 from clipn.methods.probe_scores import nearest_cosine
 from clipn.metrics import ood_metrics
 from clipn.model.clipn import CLIPN

@@ -67,7 +67,10 @@ class MappedRows:
         return self.column.take(numbers, 0).to(self.device)
 
 
-def open_rows(parts: Sequence[Tensor], device: torch.device) -> Tensor | MappedRows:
+Rows = Tensor | MappedRows
+
+
+def open_rows(parts: Sequence[Tensor], device: torch.device) -> Rows:
     """Parts [n, D] -> a tensor [N, D] on the device, or mapped rows where memory is too small for one."""
     limit = torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else IN_MEMORY
     small = sum(part.nbytes for part in parts) < limit

@@ -14,7 +14,7 @@ from torch import Tensor
 from clipn.config.schema import Config
 from clipn.data.image_sets import UNREAD, ImageFiles, ImageSet, unreadable
 from clipn.data.images import normalise, val_transform
-from clipn.features.columns import MappedRows, open_rows
+from clipn.features.columns import Rows, open_rows
 from clipn.features.store import Columns, Encode, FeatureStore
 from clipn.model.clipn import CLIPN
 from clipn.model.hashing import weights_hash
@@ -29,7 +29,7 @@ def image_set_features(
     scores: dict[str, Callable[[Tensor], Tensor]] | None = None,
     scores_of: str = "",
     tower: bool = False,
-) -> Iterator[tuple[ImageSet, Tensor, dict[str, Tensor | MappedRows]]]:
+) -> Iterator[tuple[ImageSet, Tensor, dict[str, Rows]]]:
     """Encode each image set in one pass, or read its features where features.dir has them.
 
     scores: functions of images, [B, 3, H, W] -> [B] by name, computed in the same pass. scores_of: everything else that

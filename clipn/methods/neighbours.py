@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipn.features.columns import MappedRows
-
-Rows = Tensor | MappedRows
+from clipn.features.columns import Rows
 
 _BANK = 65_536  # training images that images are compared with at once
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipn.features.columns import Rows
 from clipn.methods.neighbours import nearest
-from clipn.methods.probe import Probe, Rows
+from clipn.methods.probe import Probe
 from clipn.scores import energy, p_yes
 
 _ROWS = 8192  # training images in a block of a sum

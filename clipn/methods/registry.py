@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from clipn.config.schema import EvalConfig, ProbeConfig, TagoodConfig
+from clipn.features.columns import Rows
 from clipn.methods.from_features import Score, fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_vim
 from clipn.methods.from_images import gl_mcm, odin
 from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Pool, mine, neglabel, read_words, save_negatives
 from clipn.methods.probe import (
     PROMPTS,
     Probe,
-    Rows,
     draw_shots,
     fit_probe,
     pseudo_labels,

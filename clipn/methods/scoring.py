@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipn.features.columns import Rows
 from clipn.features.store import Columns
-from clipn.methods.probe import Rows
 from clipn.methods.registry import CLASSIFIERS, METHODS, MethodInputs, make_methods
 from clipn.methods.taggers import tag
 from clipn.methods.tokens import token_columns

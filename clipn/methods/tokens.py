@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clipn.config.schema import Config, TagoodConfig
 from clipn.data.image_sets import ImageSet
-from clipn.features.columns import MappedRows, RaggedRows, open_rows
+from clipn.features.columns import RaggedRows, Rows, open_rows
 from clipn.features.image_sets import encode_images, image_manifest, store_folder
 from clipn.features.store import Columns, FeatureStore
 from clipn.methods.taggers import Tagger, Tags, kept_places, select_tokens, tag
@@ -36,7 +36,7 @@ class TrainingTokens(NamedTuple):
     """The tokens of N training images, float16, tensors on the device or mapped rows."""
 
     selected: RaggedRows  # those that show a tag
-    image: Tensor | MappedRows  # [N, D], of the whole images
+    image: Rows  # [N, D], of the whole images
     tagged: Tensor  # [N] bool
 
     def subset(self, numbers: Tensor) -> "TrainingTokens":
