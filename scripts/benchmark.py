@@ -35,7 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clipn.config.schema import PRECISIONS, Config, ModelConfig, ProbeConfig, RunConfig, TrainConfig
+from clipn.config.checks import PRECISIONS
+from clipn.config.evaluation import ProbeConfig
+from clipn.config.schema import Config, ModelConfig, RunConfig, TrainConfig
 from clipn.data.image_sets import ImageSet
 from clipn.data.shards import CAUSES
 from clipn.evaluation.evaluate import score_features

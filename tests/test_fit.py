@@ -14,8 +14,8 @@ from sklearn.metrics import pairwise_distances
 
 import clipn
 from clipn.cli import main
+from clipn.config.evaluation import ProbeConfig, TagoodConfig
 from clipn.config.loading import load_config
-from clipn.config.schema import ProbeConfig, TagoodConfig
 from clipn.deploy.state import DETECTOR_METHODS
 from clipn.evaluation.evaluate import evaluate
 from clipn.methods.registry import METHODS

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 
 from clipn import scores
+from clipn.config.evaluation import ProbeConfig
 from clipn.config.loading import load_config
-from clipn.config.schema import ProbeConfig
 from clipn.evaluation.evaluate import evaluate
 from clipn.features import columns
 from clipn.features.columns import MappedRows, open_rows

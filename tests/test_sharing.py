@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import clipn
 from clipn.cli import main
+from clipn.config.evaluation import EvalConfig
 from clipn.config.loading import to_dict
-from clipn.config.schema import Config, DataConfig, EvalConfig, ModelConfig, RunConfig
+from clipn.config.schema import Config, DataConfig, ModelConfig, RunConfig
 from clipn.deploy.sharing import ShareOptions, merge_weights, share_weights
 from clipn.evaluation.record import RECORD, write_record
 from clipn.evaluation.results import RESULT_COLUMNS

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import architecture
 
 import clipn
-from clipn.config.schema import TagoodConfig
+from clipn.config.evaluation import TagoodConfig
 from clipn.data.images import val_transform
 from clipn.methods.from_images import local_features
 from clipn.methods.taggers import Tags, check_tagger, kept_places, make_tagger, select_tokens, tag

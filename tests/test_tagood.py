@@ -10,7 +10,7 @@ from helpers import messages
 from sklearn.metrics.pairwise import cosine_similarity
 from torchvision.models.vision_transformer import Encoder
 
-from clipn.config.schema import TagoodConfig
+from clipn.config.evaluation import TagoodConfig
 from clipn.features.columns import MappedRows, RaggedRows
 from clipn.methods import tagood_fit
 from clipn.methods.tagood import MeanToken, Projector, centre_loss, centre_score, update_centres

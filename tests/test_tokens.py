@@ -12,8 +12,9 @@ from helpers import messages, write_images
 from PIL import Image
 from safetensors.torch import load_file
 
+from clipn.config.evaluation import TagoodConfig
 from clipn.config.loading import load_config
-from clipn.config.schema import Config, TagoodConfig
+from clipn.config.schema import Config
 from clipn.data.image_sets import open_image_set
 from clipn.data.images import open_image, val_transform
 from clipn.evaluation.evaluate import check_evaluation, evaluate

@@ -11,7 +11,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from clipn.config.schema import Config, FeaturesConfig, ModelConfig, TrainConfig, require
+from clipn.config.checks import require
+from clipn.config.schema import Config, FeaturesConfig, ModelConfig, TrainConfig
 from clipn.runtime.files import atomic_write
 
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipn.config.schema import ProbeConfig, TagoodConfig, require
+from clipn.config.checks import require
+from clipn.config.evaluation import ProbeConfig, TagoodConfig
 from clipn.data.images import AnyImage, Transform, is_one_image, val_transform
 from clipn.data.prompts import check_class_names, load_templates
 from clipn.deploy.class_weights import ClassWeights

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from clipn.config.schema import require
+from clipn.config.checks import require
 from clipn.data.image_sets import find_images, open_image_set
 from clipn.data.images import IMAGE_SUFFIXES
 from clipn.deploy.detector import Detector

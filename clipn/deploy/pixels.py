@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipn.config.schema import require
+from clipn.config.checks import require
 from clipn.data.images import AnyImage, Transform, to_image
 from clipn.deploy.batches import map_batches
 

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from clipn.config.schema import ProbeConfig, TagoodConfig
+from clipn.config.evaluation import ProbeConfig, TagoodConfig
 from clipn.methods.registry import MethodInputs, save_fits
 from clipn.methods.tokens import open_tokens
 from clipn.model.checkpoint import write_safetensors

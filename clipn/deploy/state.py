@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from clipn.config.schema import ProbeConfig, TagoodConfig
+from clipn.config.evaluation import ProbeConfig, TagoodConfig
 from clipn.methods.registry import METHOD_NAMES, METHODS, MethodInputs
 from clipn.methods.scoring import Scorer, lacking, make_scorer
 

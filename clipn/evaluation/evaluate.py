@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from clipn.config.schema import Config, EvalConfig
+from clipn.config.evaluation import EvalConfig
+from clipn.config.schema import Config
 from clipn.data.image_sets import ImageSet, check_readable, open_image_sets
 from clipn.data.prompts import load_class_names, load_templates
 from clipn.evaluation.results import RESULT_COLUMNS, Evaluation, SetScores, decision_rows, result_rows

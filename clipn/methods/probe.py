@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clipn.config.schema import ProbeConfig
+from clipn.config.evaluation import ProbeConfig
 from clipn.features.columns import IN_MEMORY
 from clipn.methods.neighbours import Rows
 from clipn.model.hashing import tensor_hash

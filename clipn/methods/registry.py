@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from clipn.config.schema import EvalConfig, ProbeConfig, TagoodConfig
+from clipn.config.evaluation import EvalConfig, ProbeConfig, TagoodConfig
 from clipn.features.columns import Rows
 from clipn.methods.from_features import Score, fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_vim
 from clipn.methods.from_images import gl_mcm, odin

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from torch import Tensor, nn
 
-from clipn.config.schema import TagoodConfig
+from clipn.config.evaluation import TagoodConfig
 from clipn.methods.from_images import local_features
 from clipn.model.clipn import CLIPN
 from clipn.model.hashing import tensor_hash, weights_hash

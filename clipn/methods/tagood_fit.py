@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
-from clipn.config.schema import TagoodConfig
+from clipn.config.evaluation import TagoodConfig
 from clipn.features.columns import RaggedRows
 from clipn.methods.tagood import Projector, centre_loss, update_centres
 from clipn.model.checkpoint import write_checkpoint

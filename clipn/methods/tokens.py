@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipn.config.schema import Config, TagoodConfig
+from clipn.config.evaluation import TagoodConfig
+from clipn.config.schema import Config
 from clipn.data.image_sets import ImageSet
 from clipn.features.columns import RaggedRows, Rows, open_rows
 from clipn.features.image_sets import encode_images, image_manifest, store_folder
