@@ -196,7 +196,8 @@ examples:
 """
     parser = _add(commands, "export", lambda: None, "share weights, or write ONNX", example)
     kinds = parser.add_subparsers(title="formats", metavar="FORMAT", required=True)
-    share = _add(kinds, "share", _share, "write the no tower alone with a model card, ready for the hub")
+    about = "write the no tower alone with a model card, ready for the hub"
+    share = _add(kinds, "share", "clipn.deploy.sharing:run_share", about)
     share.add_argument("source", help="a run folder or a checkpoint; the results of a run go into the card")
     share.add_argument("--out", required=True, metavar="FOLDER")
     share.add_argument("--license", metavar="NAME", help="of these weights, by the hub's name: mit, apache-2.0, ...")
@@ -205,11 +206,13 @@ examples:
     share.add_argument("--model-name", **_OPTIONS["--model-name"])
     share.add_argument("--tag", help="open_clip tag of the base, for a checkpoint without one")
     share.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="float16 halves the file")
-    merge = _add(kinds, "merge", _merge, "write a shared file and its base as one whole checkpoint")
+    about = "write a shared file and its base as one whole checkpoint"
+    merge = _add(kinds, "merge", "clipn.deploy.sharing:run_merge", about)
     merge.add_argument("source", help="a shared file, its folder or hf://user/repo")
     merge.add_argument("--base", metavar="CLIP", help="a tag or a checkpoint (default: the tag that the file names)")
     merge.add_argument("--out", required=True, metavar="FILE.pt")
-    onnx = _add(kinds, "onnx", _onnx, "write image tower and class names as ONNX, checked against torch")
+    about = "write image tower and class names as ONNX, checked against torch"
+    onnx = _add(kinds, "onnx", "clipn.deploy.onnx:run_onnx", about)
     onnx.add_argument("source", help=_MODEL)
     onnx.add_argument("--classes", required=True, **_OPTIONS["--classes"])
     onnx.add_argument("--out", required=True, metavar="FILE.onnx")
@@ -217,27 +220,6 @@ examples:
         onnx.add_argument(name, **_OPTIONS[name])
     onnx.add_argument("--scale", type=float, default=100.0, help="of the cosines (default: 100)")
     onnx.add_argument("--check", metavar="FOLDER", help="photos for the check (default: random pixels)")
-
-
-def _share(source: str, out: str, **options: Any) -> None:
-    from clipn.deploy.sharing import ShareOptions, run_share
-
-    run_share(source, out, ShareOptions(**options))
-
-
-def _merge(source: str, out: str, base: str | None) -> None:
-    from clipn.deploy.sharing import merge_weights
-
-    merge_weights(source, out, base)
-    print(f"done: {out}")
-
-
-def _onnx(source: str, classes: str, out: str, check: str | None, **options: Any) -> None:
-    from clipn.data.prompts import class_names_of
-    from clipn.deploy.detector import Detector
-    from clipn.deploy.onnx import run_onnx
-
-    run_onnx(Detector.from_pretrained(source, class_names_of(classes), device="cpu", **options), out, check)
 
 
 # --- runs of a config, on all GPUs ---

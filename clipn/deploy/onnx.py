@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clipn.data.image_sets import find_images
 from clipn.data.images import open_image
+from clipn.data.prompts import class_names_of
 from clipn.deploy.detector import Detector
 from clipn.runtime.files import atomic_write
 from clipn.scores import DECISIONS, SCORES
@@ -36,11 +37,13 @@ class OnnxModel(nn.Module):
         return *logits, logits[0].argmax(dim=1), *scores, *(DECISIONS[name](*logits) for name in ("CTW", "ATD"))
 
 
-def run_onnx(detector: Detector, path: str | Path, check: str | None = None) -> None:
+def run_onnx(source: str, classes: str, out: str, check: str | None, **options: Any) -> None:
     """`clipn export onnx`: write the file, and print how far it differs from torch.
 
-    check: a folder, of which up to 64 images are compared; None: random pixels.
+    check: a folder, of which up to 64 images are compared; None: random pixels. The rest is as in
+    `Detector.from_pretrained`, with the names of `class_names_of(classes)`.
     """
+    detector = Detector.from_pretrained(source, class_names_of(classes), device="cpu", **options)
     images, compared = None, "random pixels"
     if check:
         paths = sorted(find_images(Path(check)))
@@ -49,9 +52,9 @@ def run_onnx(detector: Detector, path: str | Path, check: str | None = None) -> 
         paths = paths[:: -(-len(paths) // 64)]  # from all parts of the folder
         images = torch.stack([detector.preprocess(open_image(path)) for path in paths])
         compared = f"{len(images)} images of {check}"
-    cosine, score = export_onnx(detector, path, images).values()
+    cosine, score = export_onnx(detector, out, images).values()
     print(f"onnxruntime and torch on {compared}: cosines differ by {cosine:.1e}, scores by {score:.1e}")
-    print(f"done: {path} ({Path(path).stat().st_size / 1e6:.1f} MB, {len(detector.class_names)} classes)")
+    print(f"done: {out} ({Path(out).stat().st_size / 1e6:.1f} MB, {len(detector.class_names)} classes)")
 
 
 def export_onnx(detector: Detector, path: str | Path, images: Tensor | None = None) -> dict[str, float]:

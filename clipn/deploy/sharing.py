@@ -70,16 +70,23 @@ def share_weights(source: str | Path, folder: str | Path, options: ShareOptions 
     return facts
 
 
-def run_share(source: str, folder: str, options: ShareOptions) -> None:
+def run_share(source: str, out: str, **stated: str | None) -> None:
     """`clipn export share`: share a run or a checkpoint, and print how to upload it."""
-    facts = share_weights(source, folder, options)
-    size = (Path(folder) / WEIGHTS).stat().st_size / 1e6
+    options = ShareOptions(**stated)
+    facts = share_weights(source, out, options)
+    size = (Path(out) / WEIGHTS).stat().st_size / 1e6
     if not options.license:
         print("no --license: the card says that the license is not stated")
     if not facts["pretrained"]:
         print("the base is not an open_clip tag: also share its checkpoint, which is needed to load this file")
-    print(f"upload it to the hub with: {shlex.join(['hf', 'upload', options.repo or 'USER/REPO', folder, '.'])}")
-    print(f"done: {folder}/{WEIGHTS} ({size:.1f} MB) and its model card, {_CARD}")
+    print(f"upload it to the hub with: {shlex.join(['hf', 'upload', options.repo or 'USER/REPO', out, '.'])}")
+    print(f"done: {out}/{WEIGHTS} ({size:.1f} MB) and its model card, {_CARD}")
+
+
+def run_merge(source: str, out: str, base: str | None) -> None:
+    """`clipn export merge`: merge a shared file with its base."""
+    merge_weights(source, out, base)
+    print(f"done: {out}")
 
 
 def merge_weights(source: str | Path, path: str | Path, base: str | Path | None = None) -> None:
