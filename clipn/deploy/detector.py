@@ -20,9 +20,9 @@ from clipn.data.images import AnyImage, Transform, is_one_image, val_transform
 from clipn.data.prompts import check_class_names, load_templates
 from clipn.deploy.class_weights import ClassWeights
 from clipn.deploy.pixels import PixelReader
-from clipn.deploy.result import Result, make_results
+from clipn.deploy.result import Result
 from clipn.deploy.saved import check_tokens, is_same_model, read_settings, read_training, write_detector
-from clipn.deploy.state import State, check_method, learned, make_state, unfitted
+from clipn.deploy.state import State, check_method, classify, learned, make_state, unfitted
 from clipn.deploy.training_images import encode_training
 from clipn.methods.registry import MethodInputs
 from clipn.methods.scoring import token_finder
@@ -30,7 +30,7 @@ from clipn.model.clipn import CLIPN
 from clipn.model.head import Head
 from clipn.model.weights import open_model
 from clipn.runtime.distributed import choose_device
-from clipn.scores import DECISIONS, SCORES
+from clipn.scores import DECISIONS
 
 log = logging.getLogger(__name__)
 
@@ -275,31 +275,11 @@ class Detector:
     ) -> Iterator[Result | Exception]:
         for batch in self._reader.batches(images, batch_size):
             tensors = [item for item in batch if isinstance(item, Tensor)]
-            results = iter(self._classify(torch.stack(tensors), state) if tensors else [])
+            results = iter(classify(state, torch.stack(tensors)) if tensors else [])
             for item in batch:
                 if isinstance(item, Exception) and on_error == "raise":
                     raise item
                 yield item if isinstance(item, Exception) else next(results)
-
-    def _classify(self, pixels: Tensor, state: State) -> list[Result]:
-        """[B, 3, H, W] preprocessed -> B results."""
-        with torch.inference_mode():
-            pixels = pixels.to(self.device)
-            if state.scorer and state.scorer.needs_tower:
-                features, tower = self.model.encode_image_with_tower(pixels)
-            else:
-                features, tower = self.model.encode_image(pixels), None
-            logits = state.inputs.head(features, self.scale)
-            scores, own_logits = {name: score(*logits, self.scale) for name, score in SCORES.items()}, None
-            if state.scorer:
-                scores[state.method], own_logits = state.scorer(pixels, features, tower)
-            if state.threshold is not None:
-                says_ood = (scores[state.method] < state.threshold).tolist()
-            elif state.method in DECISIONS:
-                says_ood = DECISIONS[state.method](*logits).tolist()
-            else:
-                says_ood = [None] * len(pixels)
-        return make_results(state.method, scores, says_ood, (*logits, own_logits), state.inputs.class_names)
 
     def _new_state(
         self, method: str, class_names: Sequence[str], templates: str | Sequence[str] | None, training: dict[str, Any]

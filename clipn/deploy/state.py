@@ -1,12 +1,17 @@
-"""The state of a Detector: method, classes, and what was learned from in-distribution images."""
+"""The state of a Detector: method, classes, and what was learned from in-distribution images; its predictions."""
 
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from clipn.config.evaluation import ProbeConfig, TagoodConfig
+from clipn.deploy.result import Result, make_results
 from clipn.methods.registry import METHOD_NAMES, METHODS, MethodInputs
 from clipn.methods.scoring import Scorer, lacking, make_scorer
+from clipn.scores import DECISIONS, SCORES
 
 DETECTOR_METHODS = tuple(  # the others need words
     name for name in METHOD_NAMES if name not in METHODS or "words" not in METHODS[name].needs
@@ -32,6 +37,28 @@ def make_state(method: str, templates: Sequence[str], inputs: MethodInputs) -> S
         words = (" with labels", "id_images, labels") if missing == "labels" else ("", "id_images")
         return State(method, tuple(templates), inputs, None, _LEARNS % (method, *words))
     return State(method, tuple(templates), inputs, make_scorer(method, inputs) if method in METHODS else None, None)
+
+
+def classify(state: State, pixels: Tensor) -> list[Result]:
+    """The results of B preprocessed images [B, 3, H, W]."""
+    inputs, scorer, tower, own_logits = state.inputs, state.scorer, None, None
+    with torch.inference_mode():
+        pixels = pixels.to(inputs.model.logit_scale.device)
+        if scorer and scorer.needs_tower:
+            features, tower = inputs.model.encode_image_with_tower(pixels)
+        else:
+            features = inputs.model.encode_image(pixels)
+        logits = inputs.head(features, inputs.scale)
+        scores = {name: score(*logits, inputs.scale) for name, score in SCORES.items()}
+        if scorer:
+            scores[state.method], own_logits = scorer(pixels, features, tower)
+        if state.threshold is not None:
+            says_ood = (scores[state.method] < state.threshold).tolist()
+        elif state.method in DECISIONS:
+            says_ood = DECISIONS[state.method](*logits).tolist()
+        else:
+            says_ood = [None] * len(pixels)
+    return make_results(state.method, scores, says_ood, (*logits, own_logits), inputs.class_names)
 
 
 def learned(state: State, class_names: Sequence[str], templates: Sequence[str]) -> dict[str, Any]:
