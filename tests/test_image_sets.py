@@ -43,6 +43,15 @@ def test_some_classes_only(tmp_path):
     assert open_image_set("some", tmp_path, classes=["a", "b"], exclude=["a"]).classes == ["b"]
 
 
+def test_shots_are_drawn_from_each_class(tmp_path):
+    write_images(tmp_path, *(f"a/{n}.png" for n in range(20)), "b/1.png", "b/2.png", *(f"c/{n}.png" for n in range(9)))
+    images = open_image_set("few", tmp_path)
+    drawn = images.draw(4, seed=0)
+    assert (drawn.labels, drawn.classes) == ([0] * 4 + [1] * 2 + [2] * 4, ["a", "b", "c"])
+    assert [path.parent.name for path in drawn.paths] == [*"aaaabbcccc"] and drawn.paths == sorted(set(drawn.paths))
+    assert images.draw(4, seed=0).paths == drawn.paths != images.draw(4, seed=1).paths
+
+
 def test_an_empty_class_folder_matters_only_if_kept(tmp_path):
     write_images(tmp_path, "a/1.png")
     (tmp_path / "b").mkdir()

@@ -22,13 +22,7 @@ from clipn.features import columns
 from clipn.features.columns import MappedRows, open_rows
 from clipn.methods import neighbours, probe_scores
 from clipn.methods import probe as probes
-from clipn.methods.probe import (
-    draw_shots,
-    fit_probe,
-    learning_rate,
-    pseudo_labels,
-    stored_probe,
-)
+from clipn.methods.probe import fit_probe, learning_rate, pseudo_labels, stored_probe
 from clipn.methods.probe_scores import logit_distances, nearest_cosine
 from clipn.report.tables import ablations_table, results_table
 
@@ -181,13 +175,6 @@ def test_pseudo_labels_are_those_of_the_nearest_class_weight(data):
         pseudo_labels(features, weights)
 
 
-def test_shots_are_drawn_from_each_class():
-    labels = torch.tensor([0] * 50 + [1] * 2 + [3] * 30)
-    chosen = draw_shots(labels, 4, seed=0)
-    assert torch.bincount(labels[chosen]).tolist() == [4, 2, 0, 4] and chosen.tolist() == sorted(set(chosen.tolist()))
-    assert not torch.equal(chosen, draw_shots(labels, 4, seed=1))
-
-
 def test_l1_is_the_sum_less_the_smallest_for_each_class():
     logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(scores.l1(logits), logits.sum(dim=1) - 7 * logits.min(dim=1).values)
@@ -270,7 +257,7 @@ def test_a_kept_probe_is_read_and_depends_on_data_and_settings(data, tmp_path, m
     assert set(load_file(file)) == {"weight", "bias", "mean", "std"}
     with monkeypatch.context() as patch:
         patch.setattr(probes, "fit_probe", None)
-        again = stored_probe(tmp_path, *data, CLASSES, ProbeConfig(epochs=2, shots=3))
+        again = stored_probe(tmp_path, *data, CLASSES, settings)
     assert torch.equal(again.weight, first.weight) and torch.equal(again.logits(data[0]), first.logits(data[0]))
     changed = data[0] + F.one_hot(torch.tensor(3), WIDTH)
     stored_probe(tmp_path, changed, data[1], CLASSES, settings)
@@ -353,12 +340,6 @@ def test_one_probe_serves_all_checkpoints_of_a_base(evaluated, tmp_path, encoded
 
 def test_training_images_are_opened_for_methods_that_need_them(evaluated, tmp_path):
     assert len(evaluated("MSP,MCM-5", f"eval.train={tmp_path}/none").results) == 2
-
-
-def test_shots_limit_the_labels_of_linear_probing_alone(evaluated, tmp_path):
-    evaluated("PLP-MSP,LP-MSP")
-    evaluated("PLP-MSP,LP-MSP", "probe.shots=4")
-    assert len(list((tmp_path / "run/features/probes").iterdir())) == 3
 
 
 def test_methods_learn_only_from_images_that_clipn_keeps(evaluated, tmp_path, monkeypatch, caplog):

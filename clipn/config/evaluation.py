@@ -56,8 +56,7 @@ class ProbeConfig(Section):
     weight_decay: float = 1e-3  # of weight and bias
     warmup: float = 0.1  # the share of the steps in which the learning rate grows
     solver: str = "adam"  # adam | lbfgs: the optimum of the same objective, which the paper's probe does not reach
-    shots: int | None = None  # LP: training images of each class; null: all
-    seed: int = 0  # of the initial weights, the order of the images and the choice of the shots
+    seed: int = 0  # of the initial weights and the order of the images
 
     def __post_init__(self) -> None:
         self._at_least(1, "epochs", "batch_size")
@@ -65,7 +64,6 @@ class ProbeConfig(Section):
         self._at_least(0, "weight_decay")
         self._check("warmup", 0 <= self.warmup <= 1, "0 to 1")
         self._one_of("solver", SOLVERS)
-        self._check("shots", self.shots is None or self.shots >= 1, "1 or more, or null")
         self._seed("seed", self.seed)
 
 

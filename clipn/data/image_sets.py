@@ -47,6 +47,13 @@ class ImageSet:
         paths, labels = [self.paths[n] for n in numbers], [self.labels[n] for n in numbers if self.labels]
         return replace(self, paths=paths, labels=labels)
 
+    def draw(self, shots: int, seed: int) -> "ImageSet":
+        """At most `shots` images of each class, drawn at random, in the order of the set."""
+        labels = torch.tensor(self.labels)
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        drawn = [order[labels[order] == label][:shots] for label in labels.unique()]
+        return self.only(torch.cat(drawn).sort().values.tolist())
+
 
 def open_image_set(
     name: str, root: str | Path, classes: Sequence[str] | None = None, exclude: Sequence[str] = ()

@@ -18,7 +18,6 @@ from clipn.data.prompts import load_class_names, load_templates
 from clipn.evaluation.results import RESULT_COLUMNS, Evaluation, SetScores, decision_rows, result_rows
 from clipn.features.image_sets import image_set_features
 from clipn.methods.from_images import constants
-from clipn.methods.probe import draw_shots
 from clipn.methods.registry import (
     MethodInputs,
     Score,
@@ -250,7 +249,7 @@ def open_sets(settings: EvalConfig, train: bool = False, seed: int = 0) -> Sets:
     if train_set and settings.train_shots:
         if not train_set.classes:
             raise ValueError(f"eval.train_shots={settings.train_shots}: {train_set.root} has no class folders")
-        train_set = train_set.only(draw_shots(torch.tensor(train_set.labels), settings.train_shots, seed).tolist())
+        train_set = train_set.draw(settings.train_shots, seed)
     for method in methods_that_need("labels", settings.methods):
         if train_set and not train_set.classes:
             raise ValueError(f"eval.train: {method} needs class folders, but {train_set.root} has none")

@@ -69,13 +69,6 @@ def pseudo_labels(features: Tensor, weight_yes: Tensor) -> Tensor:
     return torch.cat(labels) if labels else torch.empty(0, dtype=torch.long)
 
 
-def draw_shots(labels: Tensor, shots: int, seed: int) -> Tensor:
-    """The numbers of at most `shots` images of each class, drawn at random, in ascending order."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    drawn = [order[labels[order] == label][:shots] for label in labels.unique()]
-    return torch.cat(drawn).sort().values
-
-
 def learning_rate(step: int, steps: int, settings: ProbeConfig) -> float:
     """Linear growth from 0 in the first steps, then a cosine to 0; steps count from 0."""
     warmup = int(settings.warmup * steps)
@@ -141,8 +134,7 @@ def stored_probe(
     probe: what was fitted to them already. Rank 0 fits. Raises ValueError as `fit_probe` does, and for a damaged file.
     """
     _check(tower, labels, num_classes)
-    chosen = {"shots": None, "keep": None}  # their effect is in the outputs and labels
-    options = dataclasses.asdict(settings) | chosen | {"classes": num_classes, "format": 1}
+    options = dataclasses.asdict(settings) | {"classes": num_classes, "format": 1}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode() + tensor_hash(labels.long()).encode())
     for start in range(0, len(tower), _ROWS):
         digest.update(tensor_hash(tower[start : start + _ROWS]).encode())

@@ -18,14 +18,7 @@ from clipn.features.columns import Rows
 from clipn.methods.from_features import Score, fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_vim
 from clipn.methods.from_images import gl_mcm, odin
 from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Pool, mine, neglabel, read_words, save_negatives
-from clipn.methods.probe import (
-    PROMPTS,
-    Probe,
-    draw_shots,
-    fit_probe,
-    pseudo_labels,
-    stored_probe,
-)
+from clipn.methods.probe import PROMPTS, Probe, fit_probe, pseudo_labels, stored_probe
 from clipn.methods.probe_scores import logit_distances, nearest_cosine, probe_atd, probe_ctw, probe_energy_clipn
 from clipn.methods.taggers import Tagger, make_tagger
 from clipn.methods.tagood_fit import stored_tagood
@@ -133,17 +126,14 @@ def _fitted(inputs: MethodInputs, kind: str) -> _Fitted:
     """The probe on pseudo-labels ("PLP") or on the class folders' labels ("LP"), fitted once."""
 
     def fit() -> _Fitted:
-        tower, settings, labels = inputs.train_tower, inputs.probe, inputs.labels
+        tower, labels = inputs.train_tower, inputs.labels
         if tower is None or (kind == "LP" and labels is None):
             lacks = "labels" if tower is not None else "tower outputs"
             raise ValueError(f"{kind}: the {lacks} of the training images are missing")
         if kind == "PLP":
             labels = _pseudo_labels(inputs)
-        elif settings.shots:
-            chosen = draw_shots(labels, settings.shots, settings.seed)
-            tower, labels = tower[chosen.to(tower.device)], labels[chosen]
         _warn_of_empty_classes(inputs, kind, labels)
-        arguments = tower, labels, inputs.classes, settings
+        arguments = tower, labels, inputs.classes, inputs.probe
         probe = stored_probe(inputs.probe_folder, *arguments) if inputs.probe_folder else fit_probe(*arguments)
         return _Fitted(probe, tower, labels)
 
