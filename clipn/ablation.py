@@ -3,11 +3,12 @@
 A word `key=v1,v2` varies a setting; a word with one value (brackets hold commas together) is the same for all; a NAME
 is an entry of configs/ablations/paper.yaml. Each combination is a run in run.dir/ablations; the table is
 run.dir/ablations.md and .csv. Worlds, bases and trainings that combinations share are made once. The same command
-resumes.
+resumes. With data.val_shards the table has the figures of the held-out pairs; with eval.id=null it has no others.
 """
 
 import hashlib
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from clipn.runtime.console import start_log
 from clipn.runtime.distributed import choose_device, is_main, process_group
 from clipn.toy.world import make_world
 from clipn.training.loop import train
+from clipn.training.run_log import metrics_file
 
 NAMED = Path(__file__).with_name("configs") / "ablations" / "paper.yaml"
 # Settings that a base CLIP's training does not depend on.
 NOT_OF_THE_BASE = (
     *("eval.", "probe.", "tagood.", "features."),
     *("model.num_prompts", "model.no_tower", "model.adapter_width", "model.bias"),
-    *("train.itbo_", "train.tso_", "data.source"),
+    *("train.itbo_", "train.tso_", "data.source", "data.val_shards"),
 )
 # Settings that change the stored features.
 OF_THE_FEATURES = ("world.", "base", "model.name", "model.pretrained", "data.", "features.")
@@ -39,8 +41,8 @@ def run_ablation(path: str, words: list[str]) -> None:
     """Train and evaluate every combination that the words name; see the module. Raises what training raises."""
     fixed, variants = parse(words)
     config = load_config(path, fixed)
-    if config.eval.id is None:
-        raise ValueError(f"{path}: eval.id: names no image set to evaluate the ablations on")
+    if config.eval.id is None and not config.data.val_shards:
+        raise ValueError(f"{path}: eval.id names no image set, and data.val_shards no pairs, to compare ablations on")
     folder = Path(config.run.dir) / "ablations"
     plans = [[*fixed, *variant, f"run.dir={folder / folder_name(variant)}"] for variant in variants]
     for plan in plans:  # an error in the last one is reported before the first is trained
@@ -132,7 +134,10 @@ def make_shared(path: str, fixed: list[str], variants: list[list[str]], folder: 
 
 
 def run_combination(path: str, plan: list[str], trained: dict[str, str]) -> pd.DataFrame:
-    """Train one combination, unless `trained` has the same training (settings -> checkpoint); returns its results."""
+    """Train one combination, unless `trained` has the same training (settings -> checkpoint); returns its results.
+
+    They have a row per seed, OOD set and method, or per seed without eval.id, and the figures of held-out pairs.
+    """
     configs = each_seed(path, plan)
     for config in configs:
         # what the training depends on: not the evaluation, nor the folder
@@ -141,4 +146,12 @@ def run_combination(path: str, plan: list[str], trained: dict[str, str]) -> pd.D
             train_one(config)
             trained[settings] = str(last_checkpoint(config.run.dir))
         config.eval.checkpoints = trained[settings]
-    return evaluate_all(load_config(path, plan), configs).results
+    evaluation = evaluate_all(load_config(path, plan), configs)
+    held_out = pd.DataFrame([{"seed": c.run.seed} | held_out_figures(c.eval.checkpoints) for c in configs])
+    return evaluation.results.merge(held_out, on="seed", how="left") if evaluation else held_out
+
+
+def held_out_figures(checkpoint: str) -> dict[str, float]:
+    """The last figures of held-out pairs in the log of a checkpoint's run, none if it has no such pairs."""
+    line = metrics_file(Path(checkpoint).parents[1]).read_text(encoding="utf-8").splitlines()[-1]
+    return {name: value for name, value in json.loads(line).items() if name.startswith("val_")}

@@ -73,7 +73,7 @@ def base_config(config: Config) -> Config | None:
     if config.train.resume != "never":
         own.train.resume = "auto"  # a path is meant for the run itself
     # Settings that only CLIPN's own training reads have their defaults, so that runs which differ in them share a base.
-    own.data.source, own.train.micro_batch_size = "pairs", None
+    own.data.source, own.data.val_shards, own.train.micro_batch_size = "pairs", "", None
     own.features = FeaturesConfig()
     for key in ("num_prompts", "no_tower", "adapter_width", "bias"):
         own.model[key] = getattr(ModelConfig(), key)

@@ -88,6 +88,7 @@ class DataConfig(Section):
     root: str = "data"  # for ${data.root} in the paths of a config
     source: str = "pairs"  # pairs: read and encode them in every epoch | features: encode them once, see `features`
     shards: Any = ""  # "data/cc3m/{00000..00331}.tar", a glob, a list of those, or a .csv / .tsv file
+    val_shards: Any = ""  # held-out pairs, as `shards`: ITBO, accuracy and AUROC of d on them after each epoch
     num_pairs: int | None = None  # pairs in an epoch; null: all there are
     workers: int = 4  # worker processes of each rank, which decode images
     max_bad_fraction: float = 0.05  # of broken or empty pairs, before a run stops
@@ -102,8 +103,10 @@ class DataConfig(Section):
     index_dir: str | None = None  # cache of the shards' indexes; null: the user's cache folder
 
     def __post_init__(self) -> None:
-        many = isinstance(self.shards, (list, tuple)) and all(isinstance(s, str) for s in self.shards)
-        self._check("shards", isinstance(self.shards, str) or many, "a pattern or a list of patterns")
+        for name in ("shards", "val_shards"):
+            value = getattr(self, name)
+            many = isinstance(value, (list, tuple)) and all(isinstance(s, str) for s in value)
+            self._check(name, isinstance(value, str) or many, "a pattern or a list of patterns")
         self._one_of("source", SOURCES)
         self._check("num_pairs", self.num_pairs is None or self.num_pairs >= 2, "2 or more, or null")
         self._at_least(0, "workers")
@@ -201,3 +204,5 @@ class Config:
     def __post_init__(self) -> None:
         ok = self.data.source == "pairs" or self.train.objective == "clipn"
         require(ok, "data.source", self.data.source, "pairs with train.objective=clip: none of its towers is frozen")
+        ok = not self.data.val_shards or self.train.objective == "clipn"
+        require(ok, "data.val_shards", self.data.val_shards, "none with train.objective=clip, which has no margin d")

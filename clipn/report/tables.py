@@ -22,6 +22,9 @@ _COLUMN_NAMES = {
     "id_kept": "kept",
     "ood_found": "detected",
     "open_accuracy": "(C+1)-way accuracy",
+    "val_itbo": "100 ITBO",
+    "val_accuracy": "accuracy",
+    "val_auroc": "AUROC",
 }
 _PUBLISHED_LABEL = r"\emph{Reported by others, not measured here}"
 
@@ -55,11 +58,19 @@ def decisions_table(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 def ablations_table(results: pd.DataFrame) -> pd.DataFrame:
-    """Per `setting`: each method's metrics averaged over the OOD sets, and the ID accuracy, of each if they differ."""
+    """Per `setting`: the figures of held-out pairs, each method's metrics averaged over the OOD sets, and ID accuracy.
+
+    The ID accuracy is that of each method if they differ. Results without a "method" have held-out figures alone.
+    """
+    held_out = [name for name in results if name.startswith("val_")]
+    parts = [("held-out", results, held_out)] if held_out else []
+    if "method" not in results:
+        return _table("setting", parts)
     methods = list(results.groupby("method", sort=False))
     if accuracy_varies(results):
-        return _table("setting", [(name, rows, [*METRICS, "id_accuracy"]) for name, rows in methods])
-    return _table("setting", [*((name, rows, METRICS) for name, rows in methods), ("ID", results, ["id_accuracy"])])
+        return _table("setting", parts + [(name, rows, [*METRICS, "id_accuracy"]) for name, rows in methods])
+    parts += [(name, rows, METRICS) for name, rows in methods]
+    return _table("setting", [*parts, ("ID", results, ["id_accuracy"])])
 
 
 def points_table(points: pd.DataFrame) -> pd.DataFrame:

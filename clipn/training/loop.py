@@ -34,6 +34,7 @@ from clipn.training.objectives import OBJECTIVES, Batch, Objective
 from clipn.training.optimizer import build_optimizer, learning_rate
 from clipn.training.run_folder import FORMAT, Checkpoints, find_resume, locked
 from clipn.training.run_log import RunLog
+from clipn.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ def _train(config: Config) -> None:
         loader, run.steps_per_epoch = feature_loader(config, features, run.step)
     else:
         loader, run.steps_per_epoch = training_loader(config, pairs, objective.preprocess, tokenizer, run.step)
+    if config.data.val_shards:
+        run.validation = Validation(config, objective.model, tokenizer)
     if is_main():
         save_config(config, Path(config.run.dir) / "config.yaml")
     run.log_summary()
@@ -115,6 +118,7 @@ class Run:
         self.skipped_steps, self.skipped_in_a_row = 0, 0  # by an fp16 loss scale
         self.left_out = dict(pairs.faults) if pairs else {}  # pairs that no epoch contains, by cause
         self.checkpoints: Checkpoints | None = None
+        self.validation: Validation | None = None
         self.unchecked: list[Step] = []  # the steps since the last check
         self.last: Step | None = None  # the newest step
         self.logged_at, self.logged_step = time.perf_counter(), 0
@@ -239,6 +243,8 @@ class Run:
         line = {"step": self.step, "epoch": round(epoch, 4), "loss": loss, **terms}
         line |= {"lr": self.optimizer.param_groups[0]["lr"], "grad_norm": grad_norm, **self.objective.log_values()}
         line |= {"pairs_per_s": round(pairs_per_s, 1), "skipped": skipped, "left_out": self.left_out}
+        val = self.validation.measure() if self.validation and run_log and epoch.is_integer() else {}
+        line, self.logged_at = line | val, self.logged_at + time.perf_counter() - now
         if self.scaler.is_enabled():
             line["skipped_steps"] = self.skipped_steps
         if run_log:
@@ -248,7 +254,8 @@ class Run:
         bad, seen = sum(skipped.values()), self.step * train.batch_size
         if epoch.is_integer():
             counts = ", ".join(f"{count} {cause}" for cause, count in (self.left_out | skipped).items()) or "none"
-            log.info(f"epoch {epoch:.0f} of {train.epochs}: loss {loss:.4f}; pairs skipped: {counts}")
+            held_out = "".join(f"; {name} {value:.4f}" for name, value in val.items())
+            log.info(f"epoch {epoch:.0f} of {train.epochs}: loss {loss:.4f}{held_out}; pairs skipped: {counts}")
         else:
             seen = max(seen, 1000)  # a few bad pairs at the start do not stop a run
         check_bad_fraction(bad, bad + seen, skipped, self.config.data)
