@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipn import __version__
-from clipn.runtime.signals import RESUME, STOPPED, install_signal_handlers
+from clipn.runtime.signals import RESUME, STOPPED, install_signal_handlers, stop_line
 
 # A subcommand imports its modules, and with them PyTorch, when it runs: --help answers at once. It calls the function
 # that its `run` names, with the options as keyword arguments.
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from clipn.runtime.console import fail_in_one_line, start_log
     except KeyboardInterrupt:
+        print(stop_line(stopped_code), file=sys.stderr)
         sys.exit(stopped_code)
     start_log(None)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -173,6 +174,12 @@ def test_stopped_it_leaves_the_rows_so_far(run, photos, csv_file, monkeypatch, c
 
     monkeypatch.setattr(clipn.CLIPN, "encode_text", stop_at_third)
     assert run(photos) == 130, "also while the classes are encoded"
+    line = "interrupted; the same command starts again: clipn predict "
+    assert line in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "clipn.runtime.console")
+    monkeypatch.setattr(sys, "meta_path", [Mock(find_spec=Mock(side_effect=KeyboardInterrupt)), *sys.meta_path])
+    assert run(photos) == 130, "also while PyTorch is imported"
+    assert line in capsys.readouterr().err
 
 
 def test_an_image_that_was_moved_as_the_run_was_stopped_has_its_row(run, photos, csv_file, tmp_path, monkeypatch):

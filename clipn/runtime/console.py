@@ -2,13 +2,12 @@
 
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from clipn.runtime.distributed import is_main, rank
-from clipn.runtime.signals import RESUME, Interrupted, install_signal_handlers
+from clipn.runtime.signals import RESUME, Interrupted, command, install_signal_handlers, stop_line
 
 FAILED = 1  # exit code of an error, whose message says what to change
 
@@ -47,11 +46,10 @@ def fail_in_one_line(main: Callable[[], None], stopped_code: int = RESUME) -> No
     try:
         main()
     except Interrupted as stopped:
-        log.warning("%s: %s", stopped, _command())
+        log.warning("%s: %s", stopped, command())
         sys.exit(RESUME)
     except KeyboardInterrupt:
-        if stopped_code == RESUME:
-            log.warning("interrupted; the same command resumes: %s", _command())
+        log.warning(stop_line(stopped_code))
         sys.exit(stopped_code)
     except (ValueError, OSError, FloatingPointError) as error:
         # An error in a worker process includes that process's traceback; its last line is the error.
@@ -63,11 +61,6 @@ def fail_in_one_line(main: Callable[[], None], stopped_code: int = RESUME) -> No
         message = str(error).split(". ")[0]
         log.error("error: %s: set PYTORCH_ENABLE_MPS_FALLBACK=1, or use the device cpu (run.device=cpu)", message)
         sys.exit(FAILED)
-
-
-def _command() -> str:
-    """The command line that repeats this one; the entry point sets it in CLIPN_COMMAND."""
-    return os.environ.get("CLIPN_COMMAND") or shlex.join(["python", *sys.argv])
 
 
 def printable(path: str | Path) -> str:

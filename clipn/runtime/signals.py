@@ -3,7 +3,9 @@
 import atexit
 import multiprocessing.util  # its exit handler is registered first, so ours runs before it
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -58,6 +60,16 @@ class StopSignals:
             if self._waiting:
                 self._waiting = False
                 raise KeyboardInterrupt
+
+
+def stop_line(exit_code: int) -> str:
+    """What a command says that was stopped, with the command that goes on."""
+    return f"interrupted; the same command {'resumes' if exit_code == RESUME else 'starts again'}: {command()}"
+
+
+def command() -> str:
+    """The command line that repeats this one; the entry point sets it in CLIPN_COMMAND."""
+    return os.environ.get("CLIPN_COMMAND") or shlex.join(["python", *sys.argv])
 
 
 def install_signal_handlers() -> None:
