@@ -106,7 +106,7 @@ def draw_correlation(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
     for (name, axis), (_, fit) in zip(panels, fits.iterrows(), strict=True):
         of_set = points[points["ood_set"] == name]
         x, y = 100 * of_set["id_accuracy"], 100 * of_set["AUROC"]
-        axis.plot(x, y, "o", markersize=4)
+        axis.plot(x, y, "o", markersize=4, clip_on=False)  # whole at 100 %
         text = "no correlation"
         if np.isfinite(fit["r_squared"]):
             ends = np.array([x.min(), x.max()])
@@ -116,7 +116,8 @@ def draw_correlation(points: pd.DataFrame, fits: pd.DataFrame) -> Figure:
         axis.margins(0.08)
         low, high = axis.get_ylim()
         spare = max(0, _LEAST_SPAN - (high - low)) / 2
-        axis.set_ylim(low - spare, high + spare)
+        top = min(100, high + spare)
+        axis.set_ylim(min(low - spare, top - _LEAST_SPAN), top)
     figure.supxlabel(f"ID accuracy of 20-NN, % ({len(x)} checkpoints)", fontsize="medium")
     figure.supylabel("AUROC of 1-NN, %", fontsize="medium")
     return figure
