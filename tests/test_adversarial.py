@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import architecture, write_clipn
-from helpers import files, run_ranks, write_images
+from helpers import files, messages, run_ranks, write_images
 from PIL import Image
 
 import clipn.evaluation.adversarial
@@ -293,7 +293,7 @@ def test_two_ranks_share_the_work(finished, material, tmp_path):
 def test_images_of_other_settings_are_refused(finished, material, tmp_path):
     shutil.copytree(finished[1], tmp_path / "adversarial")
     words = [f"run.dir={tmp_path}", "adversarial.smoothness=7"]
-    message = "far/manifest.json: adversarial images of something else: .*'smoothness': 7.* Choose another run.dir"
+    message = "adversarial images of something else: adversarial.smoothness: 0.0 there, 7.0 now. Choose another run.dir"
     with pytest.raises(ValueError, match=message):
         run_adversarial(str(material / "config.yaml"), words)
 
@@ -327,11 +327,13 @@ def test_bad_settings_are_one_line_before_any_work(material, tmp_path, monkeypat
     assert not (tmp_path / "run/adversarial/far/clean").exists()
 
 
-def test_the_number_of_images_is_limited(material, tmp_path):
+def test_the_number_of_images_is_limited(material, tmp_path, caplog):
     words = [f"run.dir={tmp_path}", "adversarial.images=2", "eval.methods=[MCM,ATD]"]
     results, sets = evaluate_adversarial(load_config(material / "config.yaml", words))
     assert [len(of.versions["png"]) for of in sets] == [2, 2] and len(set(results["method"])) == 2
     assert set(4 * results["AUROC"] % 1) == {0.0}, "2 ID images against 2 OOD images"
+    for name in ("id", "far", "others"):
+        assert f"{name}: only 2 images: AUROC and FPR95 are rough" in messages(caplog)
 
 
 def test_an_unreadable_image_is_left_out(material, tmp_path):

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 VERSIONS = {"clean": ".png", "float": PIXELS_SUFFIX, "png": ".png"}  # the folders of an OOD set, and their files
 _BANKS = ("1NN", "kNN")  # methods that compare an image with each training image
+_FEW = 20  # of fewer images, metrics are rough
 
 
 class AdversarialSet(NamedTuple):
@@ -76,6 +77,9 @@ def _evaluate_versions(
     versions = {images.name: (of.name, pixels) for of in made for pixels, images in of.versions.items()}
     ood = [images for of in made for images in of.versions.values()]
     sets = Sets(_draw(config, sets.id, "ID"), ood, sets.train)
+    for name, count in [(sets.id.name, len(sets.id)), *((of.name, len(of.targets)) for of in made)]:
+        if count < _FEW:
+            log.warning("%s: only %d images: AUROC and FPR95 are rough", name, count)
     results = evaluate(config, sets).results
     if banks:
         without = evaluate(replace(config, eval=replace(config.eval, methods=banks)), sets, unused=targets).results
@@ -105,7 +109,7 @@ def _make_set(config: Config, model: CLIPN, images: ImageSet, targets: ImageSet,
         "targets": files_hash(targets.paths),
         "samples": len(images),
         "part_size": settings.batch_size,
-        "settings": vars(settings),
+        "adversarial": vars(settings),
     }
     store = FeatureStore(folder, manifest, "adversarial images", "run.dir")
     missing = store.missing()

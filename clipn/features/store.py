@@ -6,7 +6,7 @@ A part holds named tensors (columns) of `part_size` samples. One rank writes it 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,10 @@ class FeatureStore:
         self.manifest = _read_manifest(file)
         self.samples, self.part_size = self.manifest["samples"], self.manifest["part_size"]
         changes = [
-            f"{key}: {self.manifest.get(key)!r} there, {value!r} now"
-            for key, value in json.loads(text).items()
-            if self.manifest.get(key) != value and key != "part_size"  # the folder keeps its own part size
+            change
+            for name, value in json.loads(text).items()
+            if name != "part_size"  # the folder keeps its own part size
+            for change in _changes(name, self.manifest.get(name), value)
         ]
         if changes:
             raise ValueError(
@@ -89,7 +90,7 @@ class FeatureStore:
             try:
                 parts.append(load_file(file))
             except (SafetensorError, OSError, ValueError) as error:
-                reason = f"not a whole feature file ({error}); delete it: the same command recreates it"
+                reason = f"not a whole feature file ({error}); delete it, and it is computed again"
                 raise ValueError(f"{file}: {reason}") from error
         return torch.cat([part["skipped"] for part in parts]), [part for part in parts if len(part) > 1]
 
@@ -144,6 +145,15 @@ def _collate_readable(samples: list[Any]) -> tuple[Columns, Tensor]:
     readable = [sample for sample in samples if not isinstance(sample, int)]
     causes = torch.tensor([sample if isinstance(sample, int) else -1 for sample in samples])
     return default_collate(readable) if readable else {}, causes
+
+
+def _changes(name: str, there: Any, now: Any) -> Iterator[str]:
+    """What differs, by the dotted names of nested values."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in there | now:
+            yield from _changes(f"{name}.{key}", there.get(key), now.get(key))
+    elif there != now:
+        yield f"{name}: {there!r} there, {now!r} now"
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
