@@ -265,7 +265,7 @@ def test_a_kept_probe_is_read_and_depends_on_data_and_settings(data, tmp_path, m
     stored_probe(tmp_path, *data, CLASSES, ProbeConfig(epochs=2, seed=1))
     assert len(list(tmp_path.iterdir())) == 4
     file.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=f"{file}: not a probe.*delete it"):
+    with pytest.raises(ValueError, match=f"{file}: not a probe.*delete it, and it is fitted again$"):
         stored_probe(tmp_path, *data, CLASSES, settings)
 
 

@@ -311,7 +311,7 @@ def test_a_damaged_file_is_named(sets, tmp_path, kind):
     (file,) = tmp_path.iterdir()
     damaged = file.rename(file.with_suffix(f".{kind}"))
     damaged.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=f"{damaged}: not .*delete it"):
+    with pytest.raises(ValueError, match=f"{damaged}: not .*delete it, and "):
         stored_tagood(tmp_path, *sets, CLASSES, SMALL)
 
 

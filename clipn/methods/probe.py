@@ -147,7 +147,7 @@ def stored_probe(
     try:
         return Probe(**{name: value.to(tower.device) for name, value in load_file(path).items()})
     except (SafetensorError, TypeError) as error:
-        raise ValueError(f"{path}: not a probe ({error}); delete it: the same command recreates it") from error
+        raise ValueError(f"{path}: not a probe ({error}); delete it, and it is fitted again") from error
 
 
 def _check(tower: Rows, labels: Tensor, num_classes: int) -> None:

@@ -113,7 +113,7 @@ def stored_tagood(
         projector.load_state_dict(state)
     except (SafetensorError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a projector ({reason}); delete it: the same command recreates it") from error
+        raise ValueError(f"{path}: not a projector ({reason}); delete it, and it is fitted again") from error
     return Fitted(projector.to(device).eval().requires_grad_(False), centres)
 
 
