@@ -166,6 +166,7 @@ def test_labels_are_names_or_numbers(fitted, loaded, images, labels):
         ("RMD", 6, 3, "labels=3: expected a name or a number for each image"),
         ("RMD", 6, None, "with labels"),
         ("RMD", 6, [0, 1, 2] * 2, "too few"),
+        ("RMD", 6, [0, 1] * 3, "RMD: 1 of 3 classes have no training image: cat"),
     ],
 )
 def test_images_and_labels_that_do_not_fit(loaded, images, method, count, labels, words):

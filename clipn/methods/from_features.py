@@ -5,7 +5,7 @@ Covariances, their inverses and distances are computed in float64: float32 sums 
 variances first, and those become the largest numbers of an inverse.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -39,15 +39,22 @@ def fit_knn(features: Tensor) -> Score:
     return _on_device(features, score)
 
 
-def fit_mahalanobis(features: Tensor, labels: Tensor | None, num_classes: int, relative: bool = False) -> Score:
+def fit_mahalanobis(
+    features: Tensor,
+    labels: Tensor | None,
+    num_classes: int,
+    relative: bool = False,
+    class_names: Sequence[str] | None = None,
+) -> Score:
     """Negative squared Mahalanobis distance to the nearest class mean (Lee et al., NeurIPS 2018).
 
     All classes share one covariance. Only these features count: no other layers, no input perturbation.
-    relative: RMD, which subtracts the score of one Gaussian of all images (Ren et al., 2021).
+    relative: RMD, which subtracts the score of one Gaussian of all images (Ren et al., 2021). class_names: in messages.
     Raises ValueError without labels [M], for a class without images, and for fewer than D + C images: the shared
     covariance then lacks some directions, and an outlier in such a direction would not be detected.
     """
-    _check_labels(features, labels, num_classes, "RMD" if relative else "Mahalanobis")
+    names = class_names or [f"number {number}" for number in range(num_classes)]
+    _check_labels(features, labels, names, "RMD" if relative else "Mahalanobis")
     if relative and num_classes < 2:
         raise ValueError("RMD: one class, of which the relative distance is always 0; use Mahalanobis")
     labels = labels.to(features.device).long()
@@ -124,19 +131,19 @@ def _check_features(features: Tensor, method: str) -> None:
         raise ValueError(f"{method}: expected training features [M, D] of at least one image, got {[*features.shape]}")
 
 
-def _check_labels(features: Tensor, labels: Tensor | None, num_classes: int, method: str) -> None:
+def _check_labels(features: Tensor, labels: Tensor | None, names: Sequence[str], method: str) -> None:
     _check_features(features, method)
-    count, width = features.shape
+    (count, width), num_classes = features.shape, len(names)
     if labels is None:
         raise ValueError(f"{method}: the labels of the training images are missing")
     if labels.shape != (count,):
         raise ValueError(f"{method}: {count} training images, but labels of shape {[*labels.shape]}")
     if labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"{method}: labels from {labels.min()} to {labels.max()}; there are {num_classes} classes")
-    empty = sorted(set(range(num_classes)) - set(labels.tolist()))
+    empty = [names[number] for number in sorted(set(range(num_classes)) - set(labels.tolist()))]
     if empty:
-        numbers = ", ".join(map(str, empty[:10])) + ", ..." * (len(empty) > 10)
-        raise ValueError(f"{method}: {len(empty)} of {num_classes} classes have no training image: number {numbers}")
+        some = ", ".join(empty[:10]) + ", ..." * (len(empty) > 10)
+        raise ValueError(f"{method}: {len(empty)} of {num_classes} classes have no training image: {some}")
     if count < width + num_classes:
         need = f"{num_classes} means and a covariance of {width} dimensions need at least {width + num_classes}"
         raise ValueError(f"{method}: {count} training images are too few: {need}")

@@ -202,6 +202,10 @@ def _probe_methods(kind: str, needs: tuple[str, ...]) -> dict[str, Method]:
     }
 
 
+def _mahalanobis(relative: bool, inputs: MethodInputs) -> Score:
+    return fit_mahalanobis(inputs.train, inputs.labels, inputs.classes, relative, inputs.class_names)
+
+
 def _tag_score(kind: str, row: str, inputs: MethodInputs) -> TagScore:
     """One of ROWS, learned from the class folders' labels ("TagOOD") or from pseudo-labels ("TagOOD-PL")."""
     labels = inputs.labels if kind == "TagOOD" else _pseudo_labels(inputs)
@@ -226,8 +230,8 @@ METHODS: dict[str, Method] = {
     "NegLabel+CLIPN": Method(lambda x: _against_words(x, NEGLABEL, x.head), ("words",)),
     "CSP+CLIPN": Method(lambda x: _against_words(x, CSP, x.head), ("words",)),
     "kNN": Method(lambda x: fit_knn(x.train), ("train",)),
-    "Mahalanobis": Method(lambda x: fit_mahalanobis(x.train, x.labels, x.classes), ("train", "labels")),
-    "RMD": Method(lambda x: fit_mahalanobis(x.train, x.labels, x.classes, relative=True), ("train", "labels")),
+    "Mahalanobis": Method(partial(_mahalanobis, False), ("train", "labels")),
+    "RMD": Method(partial(_mahalanobis, True), ("train", "labels")),
     "ViM": Method(lambda x: fit_vim(x.train, x.head.weight_yes, x.scale), ("train",)),
     "Residual": Method(lambda x: fit_residual(x.train), ("train",)),
     "ReAct": Method(lambda x: fit_react(x.train, x.head.weight_yes, x.scale), ("train",)),
