@@ -192,22 +192,27 @@ def test_unreadable_images_are_named_or_skipped_with_their_labels(loaded, images
     assert scores(detector.predict(images["id"])) == scores(plain.predict(images["id"]))
 
 
-def test_held_out_images_that_clipn_calls_ood_do_not_set_the_threshold(folder, monkeypatch):
-    """All images of the class "cat" are called OOD; those of the others set the threshold."""
-    used = []
-    monkeypatch.setitem(DECISIONS, "CTW", lambda yes, no: torch.arange(len(yes)) >= len(yes) * 2 // 3)
-    calibrate = clipn.Detector.calibrate
-
-    def spy(self, paths, *arguments, **options):
-        used.extend(paths)
-        return calibrate(self, paths, *arguments, **options)
-
-    monkeypatch.setattr(
-        clipn.Detector, "calibrate", lambda self, paths, *a, **o: used.extend(paths) or calibrate(self, paths, *a, **o)
-    )
+def test_held_out_images_that_clipn_calls_ood_do_not_set_the_threshold(
+    folder, loaded, images, tmp_path, monkeypatch, encoded
+):
+    """The decision depends on the image; each image is encoded once."""
+    held_out = images["train"][::10]
+    cut = float(np.median([result.logits_yes[0] for result in loaded.predict(held_out)]))
+    monkeypatch.setitem(DECISIONS, "CTW", lambda yes, no: yes[:, 0] > cut)
+    says_ood = [result.is_ood for result in loaded.with_classes(NAMES, method="CTW").predict(held_out)]
+    encoded.clear()
     words = [folder / "id", "--classes", ",".join(NAMES), "--checkpoint", folder / "clipn.pt", "--method", "kNN"]
-    assert predict(*words, "--fit", folder / "train", "--train-filter", "CTW") == 0
-    assert sorted({path.parent.name for path in used}) == ["apple", "bus"] and len(used) == 6
+    saved = tmp_path / "saved"
+    assert predict(*words, "--fit", folder / "train", "--train-filter", "CTW", "--save", saved) == 0
+    assert sum(encoded) == len(images["train"]) + len(images["id"])
+    detector = clipn.Detector.from_pretrained(saved, device="cpu")
+    threshold = detector.threshold
+    kept = [path for path, is_ood in zip(held_out, says_ood, strict=True) if not is_ood]
+    assert 0 < len(kept) < len(held_out) and threshold == pytest.approx(detector.calibrate(kept), rel=1e-3)
+    assert threshold != pytest.approx(detector.calibrate(held_out), rel=1e-3)
+    monkeypatch.setitem(DECISIONS, "CTW", lambda yes, no: torch.ones(len(yes), dtype=torch.bool))
+    with pytest.raises(ValueError, match="calibrate: train_filter=CTW calls each of the 9 images OOD"):
+        detector.calibrate(held_out, train_filter="CTW")
 
 
 def test_images_that_clipn_calls_ood_are_not_learned(loaded, images, labels, monkeypatch):

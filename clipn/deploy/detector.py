@@ -22,7 +22,7 @@ from clipn.deploy.class_weights import ClassWeights
 from clipn.deploy.pixels import PixelReader
 from clipn.deploy.result import Result
 from clipn.deploy.saved import check_tokens, is_same_model, read_settings, read_training, write_detector
-from clipn.deploy.state import State, check_method, classify, learned, make_state, unfitted
+from clipn.deploy.state import State, check_choices, check_method, classify, learned, make_state, unfitted
 from clipn.deploy.training_images import encode_training
 from clipn.methods.registry import MethodInputs
 from clipn.methods.scoring import token_finder
@@ -30,11 +30,11 @@ from clipn.model.clipn import CLIPN
 from clipn.model.head import Head
 from clipn.model.weights import open_model
 from clipn.runtime.distributed import choose_device
-from clipn.scores import DECISIONS
 
 log = logging.getLogger(__name__)
 
 _DEFAULTS = {"class_names": None, "templates": "simple", "method": "ATD", "scale": 100.0}
+_FEW = 20  # fewer images give a rough threshold
 _ROUNDING = 1e-4  # relative difference of a score between batch sizes
 
 
@@ -187,8 +187,7 @@ class Detector:
 
         Raises ValueError for no images, another number of labels, and images or labels that the method cannot use.
         """
-        require(on_error in ("raise", "skip"), "on_error", on_error, "raise or skip")
-        require(train_filter in (None, *DECISIONS), "train_filter", train_filter, f"None or {', '.join(DECISIONS)}")
+        check_choices(on_error, train_filter)
         state, images = self._state, [id_images] if is_one_image(id_images) else id_images
         inputs = unfitted(state.inputs, settings)
         batches, find_tokens = self._reader.batches(images, batch_size), token_finder(state.method, inputs)
@@ -238,23 +237,30 @@ class Detector:
         keep: float = 0.95,
         batch_size: int = 32,
         on_error: str = "raise",
+        train_filter: str | None = None,
     ) -> float:
         """Set and return the threshold that a share `keep` of in-distribution images reaches.
 
-        on_error: "raise", or "skip" to leave unreadable images out, with a warning.
+        on_error: "raise", or "skip" to leave unreadable images out, with a warning. train_filter: as in `fit`.
         Raises ValueError for no images, a share outside of (0, 1], or classes that another thread changes meanwhile.
         """
         require(0 < keep <= 1, "keep", keep, "a share above 0, up to 1")
-        require(on_error in ("raise", "skip"), "on_error", on_error, "raise or skip")
+        check_choices(on_error, train_filter)
         state, images = self._ready(), [id_images] if is_one_image(id_images) else id_images
-        scores = []
+        scores, number_ood = [], 0
         for result in self._results(images, state, batch_size, "return" if on_error == "skip" else "raise"):
             if isinstance(result, Exception):
                 log.warning("left out: %s", result)
+            elif train_filter and result.decides(train_filter):
+                number_ood += 1
             else:
                 scores.append(result.score)
+        if number_ood and not scores:
+            raise ValueError(f"calibrate: train_filter={train_filter} calls each of the {number_ood} images OOD")
         if not scores:
             raise ValueError("calibrate: expected at least one in-distribution image, got none")
+        if len(scores) < _FEW:
+            log.warning("calibrate: only %d images set the threshold, which is rough", len(scores))
         threshold = float(np.quantile(scores, 1 - keep, method="lower"))  # at least `keep` of them reach it
         threshold -= _ROUNDING * abs(threshold)  # also in batches of another size
         with self._lock:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import logging
 import os
 import shutil
 import sys
@@ -27,10 +26,7 @@ from clipn.runtime.console import FAILED, printable
 from clipn.runtime.files import atomic_write
 from clipn.scores import DECISIONS, SCORES
 
-log = logging.getLogger(__name__)
-
 _HELD_OUT = 10  # every tenth image of --fit sets the threshold
-_FEW = 20  # fewer images give a rough threshold
 _TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # a file name may be bytes that are no text
 
 
@@ -124,11 +120,14 @@ def _train(detector: Detector, training: Training, batch_size: int) -> None:
         calibration = [path for _, path in _images([Path(training.calibrate)])]
         if not calibration:
             raise ValueError(f"calibrate {training.calibrate}: no image there ({', '.join(IMAGE_SUFFIXES)})")
+    train_filter = None
     if training.fit:
         held_out = _fit(detector, training, batch_size)
-        calibration = calibration or held_out
+        if held_out:
+            calibration, train_filter = held_out, training.train_filter
     if calibration:
-        detector.calibrate(calibration, training.keep, batch_size, on_error="skip" if training.fit else "raise")
+        on_error = "skip" if training.fit else "raise"
+        detector.calibrate(calibration, training.keep, batch_size, on_error, train_filter)
     if training.save:
         detector.save(training.save)
         print(f"saved: {training.save}, which --checkpoint reads", file=sys.stderr)
@@ -153,20 +152,7 @@ def _fit(detector: Detector, training: Training, batch_size: int) -> list[Path]:
         raise ValueError(f"{source}: one image, which would set the threshold; name others with --calibrate")
     labels = [names[images.labels[number]] for number in kept] if labelled else None
     detector.fit([images.paths[number] for number in kept], labels, batch_size, "skip", training.train_filter)
-    paths = [images.paths[number] for number in held_out]
-    if training.train_filter:
-        filtering = detector.with_classes(detector.class_names, method=training.train_filter)
-        results = filtering.predict(paths, batch_size, on_error="return")
-        paths = [
-            path
-            for path, result in zip(paths, results, strict=True)
-            if not (isinstance(result, Result) and result.is_ood)  # calibration names unreadable ones
-        ]
-        if held_out and not paths:
-            raise ValueError(f"{source}: train_filter={training.train_filter} calls all held-out images OOD")
-    if held_out and len(paths) < _FEW:
-        log.warning("%s: only %d held-out images set the threshold; --calibrate DIR names more", source, len(paths))
-    return paths
+    return [images.paths[number] for number in held_out]
 
 
 def _outermost(sources: Sequence[str | Path]) -> list[Path]:

@@ -62,6 +62,10 @@ class Result:
             raise ValueError(f"{self.method} decides only by a threshold: call detector.calibrate, or choose {choices}")
         return self.says_ood
 
+    def decides(self, decision: str) -> bool:
+        """Whether this decision, CTW or ATD, calls the image OOD."""
+        return bool(DECISIONS[decision](self.logits_yes[None], self.logits_no[None]))
+
     def top(self, k: int = 5) -> list[ClassScore]:
         """The k most likely classes, or all if there are fewer, most likely first. Raises ValueError for k < 1."""
         if k < 1:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clipn.config.checks import require
 from clipn.config.evaluation import ProbeConfig, TagoodConfig
 from clipn.deploy.result import Result, make_results
 from clipn.methods.registry import METHOD_NAMES, METHODS, MethodInputs
@@ -88,3 +89,9 @@ def check_method(method: str, scale: float) -> None:
         raise ValueError(f"method={method!r}: {reason}; expected one of {', '.join(DETECTOR_METHODS)}")
     if not 0 < scale < math.inf:
         raise ValueError(f"scale={scale}: expected a positive number")
+
+
+def check_choices(on_error: str, train_filter: str | None) -> None:
+    """Raise ValueError for an unknown choice of `Detector.fit` and `Detector.calibrate`."""
+    require(on_error in ("raise", "skip"), "on_error", on_error, "raise or skip")
+    require(train_filter in (None, *DECISIONS), "train_filter", train_filter, f"None or {', '.join(DECISIONS)}")
