@@ -171,6 +171,15 @@ train: {{epochs: 2, batch_size: 6, precision: fp32, log_every_steps: 1, lr: 1e-3
     return path
 
 
+def write_evaluation(folder: Path, sections: str, **more) -> Path:
+    """Write a small model, model.json and clipn.pt, and a config of it with these sections. more: of `architecture`."""
+    (folder / "model.json").write_text(json.dumps(architecture(**more)))
+    write_clipn(folder / "clipn.pt", **more)
+    path, model = folder / "config.yaml", f"name: {folder}/model.json, pretrained: {folder}/clipn.pt"
+    path.write_text(f"run: {{dir: {folder}/run, device: cpu}}\nmodel: {{{model}}}\ndata: {{workers: 0}}\n{sections}")
+    return path
+
+
 @pytest.fixture
 def config_file(tmp_path, base_clip) -> Path:
     return write_config(tmp_path, base_clip)

@@ -76,6 +76,16 @@ def write_images(folder: Path, *names: str) -> Path:
     return folder
 
 
+def write_noise(folder: Path, *names: str) -> Path:
+    """A folder with these images of random pixels, which span more dimensions than those of one colour."""
+    noise = np.random.default_rng(0)
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG file that claims this size, and holds nothing."""
     chunks = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND"]

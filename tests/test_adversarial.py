@@ -1,6 +1,5 @@
 """Adversarial OOD images: the objective, the perturbation, and `clipn adversarial` from a config to its table."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import architecture, write_clipn
+from conftest import write_evaluation
 from helpers import files, messages, run_ranks, write_images
 from PIL import Image
 
@@ -161,13 +160,7 @@ def material(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             small = Image.fromarray(noise.integers(0, 256, (4, 5, 3), dtype=np.uint8))
             small.resize((40, 36), Image.Resampling.BILINEAR).save(path)
-    (folder / "model.json").write_text(json.dumps(architecture()))
-    write_clipn(folder / "clipn.pt")
-    (folder / "config.yaml").write_text(
-        f"""
-run: {{device: cpu}}
-model: {{name: {folder}/model.json, pretrained: {folder}/clipn.pt}}
-data: {{workers: 0}}
+    sections = f"""
 adversarial: {{images: 8, steps: 12, lr: 0.02, smoothness: 0, batch_size: 2}}
 eval:
   id: {folder}/id
@@ -176,7 +169,7 @@ eval:
   templates: simple
   methods: [MCM, ATD, 1NN]
 """
-    )
+    write_evaluation(folder, sections)
     return folder
 
 

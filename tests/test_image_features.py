@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import architecture, write_clipn
+from conftest import architecture, write_clipn, write_evaluation
 from helpers import files, write_images
 from PIL import Image
 
@@ -24,19 +24,11 @@ def config_path(tmp_path):
     """An evaluation on 4 images of cats and dogs against 3 others; features are kept 2 to a part."""
     write_images(tmp_path / "id", "cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
     write_images(tmp_path / "ood", "1.png", "2.png", "3.png")
-    (tmp_path / "model.json").write_text(json.dumps(architecture()))
-    write_clipn(tmp_path / "clipn.pt")
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        f"""
-run: {{dir: {tmp_path}/run, device: cpu}}
-model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clipn.pt}}
-data: {{workers: 0}}
+    sections = f"""
 features: {{dir: {tmp_path}/features, part_size: 2}}
 eval: {{id: {tmp_path}/id, ood: {tmp_path}/ood, templates: simple, methods: [MSP, ATD]}}
 """
-    )
-    return path
+    return write_evaluation(tmp_path, sections)
 
 
 @pytest.fixture

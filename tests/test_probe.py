@@ -1,6 +1,5 @@
 """Pseudo-label and linear probing against a hand-written Adam, scikit-learn and slow versions; its bad input."""
 
-import json
 import math
 import shutil
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import architecture, write_clipn
+from conftest import write_clipn, write_evaluation
 from helpers import messages, write_images
 from PIL import Image
 from safetensors.torch import load_file
@@ -284,21 +283,13 @@ def evaluated(tmp_path):
                 pixels = noise.integers(0, 40, (12, 12, 3)) + 100 * np.eye(3, dtype=int)[shade]
                 Image.fromarray(pixels.astype(np.uint8)).save(path)
     write_images(tmp_path / "ood", *(f"{number}.png" for number in range(4)))
-    (tmp_path / "model.json").write_text(json.dumps(architecture()))
-    write_clipn(tmp_path / "clipn.pt")
-    (tmp_path / "config.yaml").write_text(
-        f"""
-run: {{dir: {tmp_path}/run, device: cpu}}
-model: {{name: {tmp_path}/model.json, pretrained: {tmp_path}/clipn.pt}}
-data: {{workers: 0}}
+    sections = f"""
 features: {{part_size: 7}}
 probe: {{epochs: 40, batch_size: 8}}
 eval: {{id: {tmp_path}/id, ood: {tmp_path}/ood, templates: simple, train: {tmp_path}/train}}
 """
-    )
-    return lambda methods, *words: evaluate(
-        load_config(tmp_path / "config.yaml", [f"eval.methods=[{methods}]", *words])
-    )
+    config = write_evaluation(tmp_path, sections)
+    return lambda methods, *words: evaluate(load_config(config, [f"eval.methods=[{methods}]", *words]))
 
 
 def test_mcm_5_is_mcm_with_the_prompts_of_the_probe(evaluated, tmp_path):

@@ -1,15 +1,13 @@
 """Every method in one evaluation: what each needs, what is kept, and that each image is encoded once."""
 
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import architecture, write_clipn
-from helpers import write_images
-from PIL import Image
+from conftest import write_evaluation
+from helpers import write_images, write_noise
 
 import clipn.evaluation.evaluate
 from clipn.config.loading import load_config
@@ -27,26 +25,16 @@ def material(tmp_path_factory):
     """8 cats and dogs, 5 others, 80 training images, words, a model and a config of them."""
     folder = tmp_path_factory.mktemp("material")
     write_images(folder / "id", *(f"{name}/{n}.png" for name in ("cat", "dog") for n in range(4)))
-    noise = np.random.default_rng(0)  # images of one colour would span too few dimensions
-    for number in range(80):
-        path = folder / "train" / ("cat" if number % 2 else "dog") / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(path)
+    write_noise(folder / "train", *(f"{'cat' if number % 2 else 'dog'}/{number}.png" for number in range(80)))
     write_images(folder / "ood", *(f"{n}.png" for n in range(5)))
     (folder / "words.txt").write_text("noun\tship\nnoun\tviolin\nnoun\tcloud\nadj\tred\nadj\tquiet\n")
-    (folder / "model.json").write_text(json.dumps(architecture()))
-    write_clipn(folder / "clipn.pt")
-    (folder / "config.yaml").write_text(
-        f"""
-run: {{device: cpu}}
-model: {{name: {folder}/model.json, pretrained: {folder}/clipn.pt}}
-data: {{workers: 0}}
+    sections = f"""
 features: {{part_size: 3}}
 tagood: {{width: 8, heads: 2, layers: 1, epochs: 1}}
 eval:
   {{id: {folder}/id, ood: {folder}/ood, templates: simple, train: {folder}/train, words: {folder}/words.txt}}
 """
-    )
+    write_evaluation(folder, sections)
     return folder
 
 

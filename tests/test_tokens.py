@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import architecture, write_clipn
-from helpers import messages, write_images
-from PIL import Image
+from conftest import architecture, write_clipn, write_evaluation
+from helpers import messages, write_images, write_noise
 from safetensors.torch import load_file
 
 from clipn.config.evaluation import TagoodConfig
@@ -34,26 +33,18 @@ SMALL = TagoodConfig(width=16, layers=1, heads=2, groups=4, epochs=2, batch_size
 def material(tmp_path_factory):
     """A folder with 6 images of 3 classes, 4 others and 12 training images, a ViT of 16 patches, and a config."""
     folder = tmp_path_factory.mktemp("material")
-    noise = np.random.default_rng(0)
     names = [
         f"{place}/{name}/{n}.png" for place, each in (("id", 2), ("train", 4)) for name in "abc" for n in range(each)
     ]
-    for name in [*names, *(f"ood/{n}.png" for n in range(4))]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(folder / name)
-    vision = {"layers": 2, "patch_size": 8}
-    (folder / "model.json").write_text(json.dumps(architecture(vision)))
-    write_clipn(folder / "clipn.pt", vision=vision), write_clipn(folder / "other.pt", vision=vision, no_seed=5)
-    (folder / "config.yaml").write_text(
-        f"""
-run: {{device: cpu}}
-model: {{name: {folder}/model.json, pretrained: {folder}/clipn.pt}}
-data: {{workers: 0}}
+    write_noise(folder, *names, *(f"ood/{n}.png" for n in range(4)))
+    sections = f"""
 features: {{part_size: 5}}
 tagood: {{width: 16, layers: 1, heads: 2, epochs: 2, batch_size: 8, max_tokens: 4}}
 eval: {{id: {folder}/id, ood: {folder}/ood, templates: simple, train: {folder}/train}}
 """
-    )
+    vision = {"layers": 2, "patch_size": 8}
+    write_evaluation(folder, sections, vision=vision)
+    write_clipn(folder / "other.pt", vision=vision, no_seed=5)
     return folder
 
 
