@@ -180,6 +180,9 @@ def test_pseudo_labels_need_no_class_folders(evaluated, material, tmp_path, inpu
     assert scores_of(alike, "TagOOD") == scores_of(alike, "TagOOD-PL")
     with pytest.raises(ValueError, match="eval.train: TagOOD-mean needs class folders, but .*flat has none"):
         evaluated("TagOOD-mean", f"eval.train={flat}")
+    other = write_images(tmp_path / "other", "cat/1.png")
+    with pytest.raises(ValueError, match=r"its class folders \(cat\) are not those of eval.id \(a, b, c\)"):
+        evaluated("kNN", f"eval.train={other}")
 
 
 def test_shots_are_drawn_before_training_images_are_encoded(evaluated, material, tmp_path, encoded, inputs):

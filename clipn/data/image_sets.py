@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from clipn.data.images import IMAGE_SUFFIXES, PIXELS_SUFFIX, Transform, open_image
 from clipn.data.known_sets import KNOWN_SETS, expected_tree, known_set
 from clipn.data.storage import with_retries
+from clipn.runtime.console import shortened
 
 _ENTRY_KEYS = {"path", "known", "classes", "exclude"}
 
@@ -68,7 +69,7 @@ def open_image_set(
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for folder in [*(classes or ()), *exclude]:
         if folder not in folders:
-            choices = _shortened(folders)
+            choices = shortened(folders)
             raise ValueError(f"image set {name!r}: {root} has no class folder {folder!r}; it has: {choices}")
     flat = any(_is_image(entry.name) for entry in root.iterdir())
     if flat and (classes or exclude):
@@ -87,7 +88,7 @@ def open_image_set(
         paths += images
         labels += [label] * len(images)
     if not paths:
-        raise ValueError(f"image set {name!r}: no class folder of {root} is left; it has: {_shortened(folders)}")
+        raise ValueError(f"image set {name!r}: no class folder of {root} is left; it has: {shortened(folders)}")
     return ImageSet(name, root, paths, labels, kept)
 
 
@@ -214,8 +215,3 @@ def find_images(folder: Path, leave_out: Path | None = None) -> Iterator[Path]:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-
-
-def _shortened(names: Sequence[str], limit: int = 10) -> str:
-    rest = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest if names else "none"

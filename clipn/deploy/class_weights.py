@@ -12,6 +12,7 @@ from clipn.data.prompts import fill, warn_of_shared_names
 from clipn.model.base import context_length, get_tokenizer
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head, build_head
+from clipn.runtime.console import shortened
 
 log = logging.getLogger(__name__)
 
@@ -50,4 +51,4 @@ class ClassWeights:
         truncated = [reprlib.repr(name) for name, differ in zip(names, differs, strict=True) if differ]
         if truncated:
             message = "%d class names exceed the model's %d tokens and are truncated: %s"
-            log.warning(message, len(truncated), length, ", ".join(truncated[:5]))
+            log.warning(message, len(truncated), length, shortened(truncated, 5))

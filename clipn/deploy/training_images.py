@@ -11,6 +11,7 @@ from torch import Tensor
 from clipn.features.store import Columns
 from clipn.methods.tokens import open_tokens
 from clipn.model.clipn import CLIPN
+from clipn.runtime.console import shortened
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def _numbers(labels: Sequence[int | str], class_names: Sequence[str]) -> Tensor:
         except (KeyError, TypeError, ValueError):
             number = -1
         if isinstance(label, bool) or not 0 <= number < len(class_names):
-            names = ", ".join(class_names[:5]) + ", ..." * (len(class_names) > 5)
-            raise ValueError(f"fit: label {label!r} is no class: expected 0 to {len(class_names) - 1}, or {names}")
+            choices = f"0 to {len(class_names) - 1}, or {shortened(class_names, 5)}"
+            raise ValueError(f"fit: label {label!r} is no class: expected {choices}")
         numbers.append(number)
     return torch.tensor(numbers, dtype=torch.long)

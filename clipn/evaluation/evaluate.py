@@ -35,6 +35,7 @@ from clipn.model.clipn import CLIPN, check_no_tower, configured_model, load_mode
 from clipn.model.hashing import tensor_hash, weights_hash
 from clipn.model.head import Head, build_head
 from clipn.model.weights import find_weights
+from clipn.runtime.console import shortened
 from clipn.runtime.distributed import choose_device
 from clipn.scores import DECISIONS, SCORES
 
@@ -244,8 +245,8 @@ def open_sets(settings: EvalConfig, train: bool = False, seed: int = 0) -> Sets:
     if id_set.name in [s.name for s in ood_sets]:
         raise ValueError(f"eval.ood: {id_set.name!r} is the name of the ID set; give one of them another")
     if train_set and train_set.classes and id_set.classes and train_set.classes != id_set.classes:
-        own, others = (", ".join(s.classes[:5]) for s in (train_set, id_set))
-        raise ValueError(f"eval.train: its class folders ({own}, ...) are not those of eval.id ({others}, ...)")
+        own, others = (shortened(s.classes, 5) for s in (train_set, id_set))
+        raise ValueError(f"eval.train: its class folders ({own}) are not those of eval.id ({others})")
     if train_set and settings.train_shots:
         if not train_set.classes:
             raise ValueError(f"eval.train_shots={settings.train_shots}: {train_set.root} has no class folders")

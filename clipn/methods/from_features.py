@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipn.methods.neighbours import nearest
+from clipn.runtime.console import shortened
 
 Score = Callable[[Tensor], Tensor]
 
@@ -142,8 +143,8 @@ def _check_labels(features: Tensor, labels: Tensor | None, names: Sequence[str],
         raise ValueError(f"{method}: labels from {labels.min()} to {labels.max()}; there are {num_classes} classes")
     empty = [names[number] for number in sorted(set(range(num_classes)) - set(labels.tolist()))]
     if empty:
-        some = ", ".join(empty[:10]) + ", ..." * (len(empty) > 10)
-        raise ValueError(f"{method}: {len(empty)} of {num_classes} classes have no training image: {some}")
+        counts = f"{len(empty)} of {num_classes} classes have no training image"
+        raise ValueError(f"{method}: {counts}: {shortened(empty)}")
     if count < width + num_classes:
         need = f"{num_classes} means and a covariance of {width} dimensions need at least {width + num_classes}"
         raise ValueError(f"{method}: {count} training images are too few: {need}")

@@ -26,6 +26,7 @@ from clipn.methods.tokens import ROWS, TagScore, TrainingTokens, fit_row
 from clipn.model.base import get_tokenizer
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head, class_weights
+from clipn.runtime.console import shortened
 from clipn.runtime.distributed import is_main
 from clipn.scores import DECISIONS, SCORES, energy, l1, max_logit, mcm, msp
 
@@ -144,9 +145,8 @@ def _warn_of_empty_classes(inputs: MethodInputs, kind: str, labels: Tensor) -> N
     counts = torch.bincount(labels, minlength=inputs.classes).tolist()
     empty = [name for name, count in zip(inputs.class_names, counts, strict=False) if not count]
     if empty:
-        names = ", ".join(empty[:10]) + ", ..." * (len(empty) > 10)
         message = "%s: no training image has the label of %d of %d classes, which it does not learn: %s"
-        log.warning(message, kind, len(empty), len(counts), names)
+        log.warning(message, kind, len(empty), len(counts), shortened(empty))
 
 
 def _pseudo_labels(inputs: MethodInputs) -> Tensor:

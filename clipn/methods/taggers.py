@@ -23,6 +23,7 @@ from clipn.methods.from_images import local_features
 from clipn.model.clipn import CLIPN
 from clipn.model.hashing import tensor_hash, weights_hash
 from clipn.model.head import Head
+from clipn.runtime.console import shortened
 
 _CONSTANT = 1e-5  # attention that varies less, relative to its largest value, counts as constant
 _RAM_IMAGES = 16  # tagged at once: RAM's attention takes 10 MB an image and layer
@@ -264,7 +265,6 @@ def _numbers(tags: Sequence[str], known: Sequence[str], settings: TagoodConfig) 
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=3)
         hint = f" (near: {', '.join(near)})" if near else ""
-        names = ", ".join(unknown[:5]) + ", ..." * (len(unknown) > 5)
-        problem = f"{len(unknown)} of {len(tags)} are no tag of {settings.tagger}: {names}{hint}"
+        problem = f"{len(unknown)} of {len(tags)} are no tag of {settings.tagger}: {shortened(unknown, 5)}{hint}"
         raise ValueError(f"tagood.tags={settings.tags}: {problem}; name a tag for each class in a .txt file")
     return [known.index(name) for name in tags]

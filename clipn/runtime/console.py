@@ -1,9 +1,9 @@
-"""Command lines: the run's log file, and errors as one line with an exit code."""
+"""Command lines: the log file of a run, errors as one line with an exit code, and text for messages."""
 
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from clipn.runtime.distributed import is_main, rank
@@ -67,3 +67,9 @@ def printable(path: str | Path) -> str:
     """A path as one line of text: bytes that are not UTF-8 and characters that do not print become U+FFFD."""
     text = os.fsencode(path).decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def shortened(names: Sequence[str], most: int = 10) -> str:
+    """The first names of a list for a message, and how many there are if there are more."""
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest if names else "none"
