@@ -17,15 +17,9 @@ from clipn.data.image_sets import ImageSet, check_readable, open_image_sets
 from clipn.data.prompts import load_class_names, load_templates
 from clipn.evaluation.results import RESULT_COLUMNS, Evaluation, SetScores, decision_rows, result_rows
 from clipn.features.image_sets import image_set_features
+from clipn.methods.from_features import Score
 from clipn.methods.from_images import constants
-from clipn.methods.registry import (
-    MethodInputs,
-    Score,
-    check_methods,
-    make_methods,
-    methods_that_need,
-    methods_that_take,
-)
+from clipn.methods.registry import MethodInputs, check_methods, make_methods, methods_that_need, methods_that_take
 from clipn.methods.scoring import ClassifierScores
 from clipn.methods.taggers import check_tagger
 from clipn.methods.tokens import tag_scores, training_tokens
@@ -162,10 +156,8 @@ def _score_sets(config: Config, image_sets: Sequence[ImageSet], inputs: MethodIn
     settings, set_scores = config.eval, {}
     image_methods, feature_methods = (make_methods(kind, settings.methods, inputs) for kind in ("images", "features"))
     depends_on = f"{tensor_hash(inputs.head.weight_yes)} {settings.scale} {constants()}"
-    score_classifiers, score_tags = (
-        ClassifierScores(settings.methods, inputs),
-        make_methods("tags", settings.methods, inputs),
-    )
+    score_classifiers = ClassifierScores(settings.methods, inputs)
+    score_tags = make_methods("tags", settings.methods, inputs)
     others = [name for name in settings.methods if name in SCORES or name in feature_methods]
     tower = bool(methods_that_need("tower", settings.methods))
     sets = image_set_features(config, inputs.model, image_sets, image_methods, depends_on, tower)

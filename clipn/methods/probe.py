@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clipn.config.evaluation import ProbeConfig
-from clipn.features.columns import IN_MEMORY
-from clipn.methods.neighbours import Rows
+from clipn.features.columns import IN_MEMORY, Rows
 from clipn.model.hashing import tensor_hash
 from clipn.runtime.distributed import barrier, is_main
 from clipn.runtime.files import atomic_write
