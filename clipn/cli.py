@@ -277,6 +277,7 @@ def _add_prepare(commands: Commands) -> None:
 examples:
   clipn prepare --list                                     every set: its tree, size, source and terms
   clipn prepare imagenet inaturalist sun places textures --root /data
+  clipn prepare photos                                     30 000 small captioned photos, for configs/photos.yaml
 
 Archives are kept in DIR/downloads. Some sets need a login: the command names the file to put there. For ImageNet, also
 put ILSVRC2012_devkit_t12.tar.gz there, or give --mapping, so that its images are sorted into class folders.
@@ -286,6 +287,9 @@ put ILSVRC2012_devkit_t12.tar.gz there, or give --mapping, so that its images ar
     parser.add_argument("names", nargs="*", metavar="NAME", help="image sets, such as imagenet or textures")
     parser.add_argument("--root", default="data", metavar="DIR", help="data.root of the configs (default: data)")
     parser.add_argument("--mapping", metavar="FILE", help="for ImageNet: lines with an image name and its class")
+    parser.add_argument(
+        "--from", dest="source", metavar="DIR", help="for photos: a folder that has their files already"
+    )
     parser.add_argument("--list", dest="only_list", action="store_true", help="describe these sets, or all, and stop")
 
 

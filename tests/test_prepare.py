@@ -17,10 +17,12 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.datasets import imagenet
 
+from clipn.data import downloads as downloads_module
 from clipn.data import prepare as module
+from clipn.data.downloads import download, unpack
 from clipn.data.image_sets import open_image_set
 from clipn.data.known_sets import KNOWN_SETS, KnownSet
-from clipn.data.prepare import download, prepare, read_mapping, run_prepare, sort_into_classes, unpack
+from clipn.data.prepare import prepare, read_mapping, run_prepare, sort_into_classes
 
 IMAGE = image_bytes()
 MEMBERS = {f"wrap/set/{name}/{n}.jpg": IMAGE for name in ("a", "b") for n in (1, 2)}
@@ -77,7 +79,7 @@ def test_a_file_is_downloaded_and_checked(server, tmp_path):
 def test_a_failed_download_leaves_no_file(server, tmp_path, monkeypatch, name, checksum, message):
     server.files = dict.fromkeys(["a.tar", "short.tar", "busy.tar", "slow.tar"], b"content")
     server.faults = {"short.tar": repeat("cut"), "busy.tar": repeat("503"), "slow.tar": repeat(20.0)}
-    monkeypatch.setattr(module, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(downloads_module, "_TIMEOUT", 0.3)
     with pytest.raises((OSError, ValueError), match=message) as error:
         download(name if "://" in name else server.url(name), tmp_path / "new" / "x.tar", checksum)
     assert files(tmp_path / "new") == [] and "\n" not in str(error.value)
@@ -186,6 +188,7 @@ def test_the_list_describes_every_set_and_creates_nothing(tmp_path, capsys):
     shown = capsys.readouterr().out
     for name, known in KNOWN_SETS.items():
         assert f"{name}: {known.title}\n" in shown and f"{known.images}, {known.layout}" in shown
+    assert "photos: 30 000 captioned photos" in shown and f"{tmp_path}/data/photos/pairs-00000.tar" in shown
     with pytest.raises(ValueError, match=r"'svnh'.*svhn"):
         run_prepare(["textures", "svnh"], tmp_path / "data")
     assert not (tmp_path / "data").exists()

@@ -1,4 +1,4 @@
-"""`clipn prepare`: download, unpack and check the known image sets.
+"""`clipn prepare`: download, unpack and check the known image sets, and the photos of configs/photos.yaml.
 
 Archives are kept in ROOT/downloads. The archive of a set that needs a login has to be put there by hand.
 """
@@ -7,24 +7,18 @@ import os
 import re
 import shutil
 import sys
-import tarfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import fsspec
-from fsspec.callbacks import TqdmCallback
 from torchvision import datasets
 from torchvision.datasets import imagenet
-from torchvision.datasets.utils import calculate_md5
 from tqdm import tqdm
 
+from clipn.data.downloads import check_md5, fetch, unpack
 from clipn.data.image_sets import open_image_set, open_known_set
 from clipn.data.known_sets import KNOWN_SETS, KnownSet, known_set
-from clipn.runtime.files import atomic_write, extract_tar
+from clipn.data.photos import PHOTOS, describe_photos, prepare_photos
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
@@ -37,35 +31,45 @@ ARRAYS: dict[str, Callable[[Path], Any]] = {
     "svhn": lambda folder: datasets.SVHN(folder, split="test", download=True),
 }
 
-_TIMEOUT = 60.0  # seconds that a download may stall
 
-
-def run_prepare(names: Sequence[str], root: str | Path, mapping: str | None = None, only_list: bool = False) -> None:
+def run_prepare(
+    names: Sequence[str],
+    root: str | Path,
+    mapping: str | None = None,
+    only_list: bool = False,
+    source: str | None = None,
+) -> None:
     """Prepare the named sets below `root`, or print the description of each (of all, if none is named).
 
+    source: a folder that has the photos of configs/photos.yaml already, to be copied.
     Raises ValueError before any work for an unknown name, and at the end for sets that are not ready.
     """
     root = Path(root)
     for name in names:
-        known_set(name)
+        if name != PHOTOS:
+            known_set(name)
+    if source and PHOTOS not in names:
+        raise ValueError(f"--from {source}: only `clipn prepare {PHOTOS}` copies from a folder")
     if only_list or not names:
-        print("\n".join(describe(name, root) for name in names or KNOWN_SETS))
+        print("\n".join(describe(name, root) for name in names or (*KNOWN_SETS, PHOTOS)))
         return
     missing = []
     for name in names:
         try:
-            prepare(name, root, mapping)
+            folder = prepare_photos(root, source) if name == PHOTOS else prepare(name, root, mapping)
         except (ValueError, OSError) as error:
             missing.append(name)
             print(f"{name}: {error}\n\n{describe(name, root)}", file=sys.stderr)
         else:
-            print(f"{name}: ready in {root / known_set(name).folder}")
+            print(f"{name}: ready in {folder}")
     if missing:
         raise ValueError(f"not ready: {', '.join(missing)}")
 
 
 def describe(name: str, root: Path) -> str:
     """A set's expected tree, numbers, source and terms, in a few lines."""
+    if name == PHOTOS:
+        return describe_photos(root)
     known = known_set(name)
     by_hand = f"by hand, as {root / 'downloads' / known.archive}" if known.archive else "by hand"
     rows = {"tree": f"{root / known.folder}/{known.example}", "images": f"{known.images}, {known.layout}"}
@@ -73,8 +77,8 @@ def describe(name: str, root: Path) -> str:
     return "\n".join([f"{name}: {known.title}", *(f"  {key:7}{value}" for key, value in rows.items() if value)])
 
 
-def prepare(name: str, root: str | Path, mapping: str | Path | None = None) -> None:
-    """Create the set in its folder below `root`, if it is not there, and check its numbers.
+def prepare(name: str, root: str | Path, mapping: str | Path | None = None) -> Path:
+    """Create the set in its folder below `root`, if it is not there, check its numbers and return the folder.
 
     Raises FileNotFoundError for a file that has to be put there by hand, ValueError for a file or a set that is not the
     published one, OSError for a download or a disk that fails.
@@ -91,48 +95,7 @@ def prepare(name: str, root: str | Path, mapping: str | Path | None = None) -> N
         open_known_set(name, name, folder)
     except ValueError as error:
         raise ValueError(f"{error}; move {folder} away to create it again") from error
-
-
-def download(url: str, path: Path, md5: str | None = None) -> None:
-    """Download a file, complete or not at all. Raises OSError, or ValueError for another MD5.
-
-    torchvision's download_url has no time limit, takes a file that ends early, and falls back from https to http.
-    """
-    options = {
-        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_TIMEOUT, sock_read=_TIMEOUT),
-        "headers": {"User-Agent": "Mozilla/5.0 (CLIPN)", "Accept-Encoding": "identity"},
-        "auto_decompress": False,
-        "trust_env": True,  # proxies
-    }
-    bar = TqdmCallback({"unit": "B", "unit_scale": True, "desc": path.name, "disable": None})
-    with atomic_write(path) as file, bar:
-        try:
-            files, name = fsspec.core.url_to_fs(url, client_kwargs=options)
-            files.get_file(name, file, callback=bar)
-            file.flush()
-        except FileNotFoundError as error:
-            raise OSError(f"{url}: no such file") from error
-        except Exception as error:  # aiohttp and fsspec raise many kinds
-            raise OSError(f"{url}: {str(error) or type(error).__name__}") from error
-        _check_md5(file.name, md5, url)
-
-
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a tar or zip file. Raises ValueError for a broken one, or one with a path outside of the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as content:
-                for member in content.namelist():
-                    if not (folder / member).resolve().is_relative_to(folder.resolve()):
-                        raise ValueError(f"{archive}: {member!r} would be unpacked outside of {folder}")
-                content.extractall(folder)
-        else:
-            with tarfile.open(archive) as content:
-                extract_tar(content, folder)
-        shutil.rmtree(folder / "__MACOSX", ignore_errors=True)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-        raise ValueError(f"{archive}: not a complete tar or zip file, delete it and run this again: {error}") from error
+    return folder
 
 
 def write_class_folders(images: Iterable[tuple[Any, int]], folder: Path) -> None:
@@ -199,10 +162,10 @@ def _create(name: str, known: KnownSet, root: Path, downloads: Path) -> None:
 
 def _fetch(known: KnownSet, downloads: Path) -> Path:
     archive = downloads / known.archive
-    if archive.is_file():
-        _check_md5(archive, known.md5, archive)
-    elif known.url:
-        download(known.url, archive, known.md5)
+    if known.url:
+        fetch(archive, known.url, known.md5)
+    elif archive.is_file():
+        check_md5(archive, known.md5, archive)
     else:
         terms = f" ({known.terms})" if known.terms else ""
         raise FileNotFoundError(f"no such file: {archive}; get it from {known.page}{terms}, then run this again")
@@ -222,8 +185,3 @@ def _imagenet_labels(downloads: Path, mapping: str | Path | None) -> dict[str, s
         raise ValueError(f"{downloads / DEVKIT}: {error}") from error
     wnids = imagenet.load_meta_file(downloads)[1]
     return {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(wnids, start=1)}
-
-
-def _check_md5(path: str | Path, md5: str | None, source: Any) -> None:
-    if md5 and (actual := calculate_md5(path)) != md5:
-        raise ValueError(f"{source}: not the published file: its MD5 is {actual}, expected {md5}")

@@ -21,7 +21,8 @@ def unpack_photos(source: str | Path, root: str | Path, image_size: int = 32) ->
     source, root = Path(source), Path(root)
     archives = sorted([*source.glob("*_test.tar"), *source.glob("*_val.tar")])
     if not archives:
-        raise FileNotFoundError(f"world.source={str(source)!r}: no such folder, or no *_test.tar or *_val.tar in it")
+        where = f"world.source={str(source)!r}: no such folder, or no *_test.tar or *_val.tar in it"
+        raise FileNotFoundError(f"{where}; `clipn prepare photos` makes data/photos")
     shards = sorted(source.glob("pairs-*.tar"))[:-1]
     sizes = {archive.name: archive.stat().st_size for archive in [*archives, *shards]}
     marker = root / MARKER
