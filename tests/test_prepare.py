@@ -189,7 +189,7 @@ def test_the_list_describes_every_set_and_creates_nothing(tmp_path, capsys):
     for name, known in KNOWN_SETS.items():
         assert f"{name}: {known.title}\n" in shown and f"{known.images}, {known.layout}" in shown
     assert "photos: 30 000 captioned photos" in shown and f"{tmp_path}/data/photos/pairs-00000.tar" in shown
-    with pytest.raises(ValueError, match=r"'svnh'.*svhn"):
+    with pytest.raises(ValueError, match=r"'svnh'.*svhn.*photos"):
         run_prepare(["textures", "svnh"], tmp_path / "data")
     assert not (tmp_path / "data").exists()
 

@@ -45,9 +45,8 @@ def run_prepare(
     Raises ValueError before any work for an unknown name, and at the end for sets that are not ready.
     """
     root = Path(root)
-    for name in names:
-        if name != PHOTOS:
-            known_set(name)
+    if unknown := [name for name in names if name not in (*KNOWN_SETS, PHOTOS)]:
+        raise ValueError(f"unknown image set {unknown[0]!r}: expected one of {', '.join((*KNOWN_SETS, PHOTOS))}")
     if source and PHOTOS not in names:
         raise ValueError(f"--from {source}: only `clipn prepare {PHOTOS}` copies from a folder")
     if only_list or not names:
