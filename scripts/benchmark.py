@@ -6,6 +6,7 @@ Modes: plain     the method without optimisations: every tower over all 77 posit
        adapter   the same with model.no_tower=adapter and model.bias=true, rows drawn at random
        extract   encoding pairs for data.source=features, from memory
        evaluate  encoding images for `clipn eval`, from memory
+       loader    reading, decoding and cropping pairs, and a webdataset pipeline beside it; needs no model
        rescore   every score of 90 000 image features and 1 000 classes
        probe     the probe of PLP on 50 000 x 768 outputs, 100 classes, 100 epochs, batch 256
        sklearn   scikit-learn's LogisticRegression (lbfgs) on the same outputs: another solver of the same objective
@@ -52,11 +53,12 @@ from clipn.runtime.distributed import choose_device
 from clipn.scores import SCORES
 from clipn.training.loop import Run
 from clipn.training.objectives import ClipnObjective
+from scripts.benchmark_loader import time_loaders
 
 STEPS = ("plain", "online", "features")
 TIMED = (*STEPS, "adapter", "extract", "evaluate")
 FITS = ("probe", "sklearn")
-MODES = (*TIMED, "rescore", *FITS)
+MODES = (*TIMED, "loader", "rescore", *FITS)
 CC3M_PAIRS, ADAPTER_ROWS = 2_891_445, 2**16
 RESCORED_IMAGES, RESCORED_CLASSES = 90_000, 1000
 PROBE_IMAGES, PROBE_WIDTH, PROBE_CLASSES, PROBE_EPOCHS = 50_000, 768, 100, 100
@@ -75,10 +77,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--compile", action="store_true", help="train.compile=true, for online and features")
     parser.add_argument("--grad-checkpointing", action="store_true", help="train.grad_checkpointing=true")
     parser.add_argument("--micro-batch-size", type=int, help="train.micro_batch_size")
+    parser.add_argument("--workers", type=int, default=2, help="of the mode loader")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args(argv)
     if min(arguments.batch_size) < 2 or arguments.rounds < 1:
         raise ValueError(f"--batch-size {arguments.batch_size} --rounds {arguments.rounds}: expected 2 and 1 or more")
+    if arguments.workers < 0:
+        raise ValueError(f"--workers {arguments.workers}: expected 0 or more")
     if arguments.json and not arguments.json.parent.is_dir():
         raise FileNotFoundError(f"--json {arguments.json}: no such folder: {arguments.json.parent}")
     device = choose_device(arguments.device)
@@ -90,6 +95,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = []
     for batch_size in arguments.batch_size:
         results += measure(arguments, device, precision, batch_size, peak)
+    if "loader" in arguments.mode:
+        for result in time_loaders(arguments.rounds, arguments.workers):
+            results.append(result)
+            print_row(result)
     if "rescore" in arguments.mode:
         results.append(rescore(device, arguments.rounds))
         print_row(results[-1])
@@ -163,7 +172,8 @@ def build_work(
     run.steps_per_epoch = 10**6
     size, dim = objective.preprocess["size"], objective.architecture["embed_dim"]
     height, width = (size, size) if isinstance(size, int) else size
-    images = torch.randn(batch_size, 3, height, width, device=device)
+    pixels = torch.randint(256, (batch_size, 3, height, width), dtype=torch.uint8)
+    images = objective.to_input(pixels)
     tokens = random_captions(batch_size, context_length(objective.architecture), arguments.caption_length)
     counters = {"skipped": torch.zeros(1, len(CAUSES), dtype=torch.long), "number": torch.arange(batch_size)}
     stored = {name: F.normalize(torch.randn(batch_size, dim, device=device), dim=-1).half() for name in ("f", "g")}
@@ -178,11 +188,11 @@ def build_work(
 
     @torch.inference_mode()
     def extract() -> None:
-        encode({"image": images[:, None], "tokens": tokens[:, None]})
+        encode({"image": pixels[:, None], "tokens": tokens[:, None]})
 
     return {
         "plain": lambda: plain_step(objective, run.optimizer, precision, images, tokens.to(device)),
-        "online": lambda: run.take_step({"image": images, "tokens": tokens, **counters}),
+        "online": lambda: run.take_step({"image": pixels, "tokens": tokens, **counters}),
         "features": lambda: run.take_step({**features, "tokens": tokens, **counters}),
         "adapter": adapter,
         "extract": extract,
@@ -355,7 +365,13 @@ def print_row(result: dict[str, Any]) -> None:
         print(f"{result['mode']:9} {result['batch_size']} images: {result['seconds']:.1f} s, {fit}, {memory}")
         return
     words = [f"{result['mode']:9} batch {result['batch_size']}: {result['pairs_per_s']:9.1f} pairs/s"]
-    words += [f"{result['ms_per_step']:9.1f} ms", memory, f"utilisation {100 * result['utilisation']:.0f} %"]
+    words += [f"{result['ms_per_step']:9.1f} ms", memory]
+    if "utilisation" in result:
+        words.append(f"utilisation {100 * result['utilisation']:.0f} %")
+    if "workers" in result:
+        words.append(f"{result['workers']} workers, {result['bytes_per_photo'] / 1e3:.0f} kB a photo")
+    if "speed_up_over_webdataset" in result:
+        words.append(f"{result['speed_up_over_webdataset']:.2f} x webdataset")
     if "speed_up_over_plain" in result:
         words.append(f"{result['speed_up_over_plain']:.1f} x plain")
     if "speed_up_over_features" in result:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -18,10 +19,13 @@ from PIL import Image
 from test_train import assert_same, weights
 from torch.utils.data import default_collate
 
+import clipn.data.shards
 import clipn.runtime.files
 import clipn.runtime.signals
 from clipn.config.loading import load_config
+from clipn.data.images import pixel_input
 from clipn.data.pairs import open_pairs, pair_dataset
+from clipn.data.storage import read_range
 from clipn.features.pairs import count_causes, pair_features
 from clipn.features.store import FeatureStore
 from clipn.model.base import get_tokenizer
@@ -136,11 +140,12 @@ def test_every_row_is_found_in_its_part(settings, tmp_path, part_size, text):
     dataset = pair_dataset(config, pairs, model.preprocess, padded, config.features.seed)
     rows = [19, 3, 0, 2, 4, 3, 11]
     batches = [features.batch([(epoch, row) for row in rows]) for epoch in (0, 1, 2)]
+    to_input = pixel_input(model.preprocess, torch.device("cpu"))
     for epoch, batch in enumerate(batches):
         expected = default_collate([dataset[epoch % 2, row] for row in rows])
         assert all(torch.equal(batch[name], expected[name]) for name in ("tokens", "no_tokens"))
         with torch.no_grad():
-            image, yes = model.encode_image(expected["image"]), model.encode_text(expected["tokens"])
+            image, yes = model.encode_image(to_input(expected["image"])), model.encode_text(expected["tokens"])
         torch.testing.assert_close(batch["image_features"], image, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(batch["yes_features"], yes, rtol=1e-4, atol=1e-5)
     assert not torch.equal(batches[0]["image_features"], batches[1]["image_features"])
@@ -186,6 +191,29 @@ def test_unreadable_pairs_are_left_out_and_counted(settings, tmp_path, caplog):
     write_shard(tmp_path / "pairs.tar", samples(6, range(6)))
     with pytest.raises(ValueError, match="none of its 6 pairs is readable"):
         features_of(settings(f"features.dir={tmp_path}/none"))
+
+
+@pytest.mark.parametrize("block, requests", [(2**20, 4), (1, 20)])
+def test_shards_are_read_front_to_back_by_few_requests(settings, tmp_path, monkeypatch, block, requests):
+    made = list(samples(20).items())
+    for name, part in (("a", made[:10]), ("b", made[10:])):
+        write_shard(tmp_path / f"{name}.tar", {key: files | {"json": b"{}"} for key, files in part})
+    config = settings(f"data.shards={tmp_path}/{{a,b}}.tar", "features.part_size=20", "features.batch_size=5")
+    inputs, reads = inputs_of(config), []
+
+    def recorded(path, start, size):
+        reads.append((path.name, start, start + size))
+        return read_range(path, start, size)
+
+    monkeypatch.setattr(clipn.data.shards, "read_range", recorded)
+    monkeypatch.setattr(clipn.data.shards, "BLOCK", block)
+    features = pair_features(config, *inputs)
+    assert len(reads) == requests, "one for a batch, or for a pair when a block holds no more"
+    for (shard, _, end), (following, start, _) in pairwise(reads):
+        assert shard <= following and (shard < following or end <= start)
+    whole = features_of(settings(f"features.dir={tmp_path}/whole"))  # the same pairs in one shard
+    batches = [stored.batch([(0, row) for row in range(20)]) for stored in (features, whole)]
+    assert_same(*batches)
 
 
 # Restarts and disks

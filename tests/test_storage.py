@@ -10,7 +10,7 @@ from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
-from helpers import default_preprocess, messages, numbered_samples, spell, write_shard
+from helpers import default_preprocess, messages, numbered_samples, spell, write_shard, write_tar
 
 import clipn.data.storage
 from clipn.config.schema import Config, DataConfig
@@ -90,6 +90,32 @@ def test_shards_behind_urls_hold_the_pairs_of_the_local_files(server, shards, se
     assert contents(settings(server.url("{0..1}.tar"))) == expected
     assert contents(settings([server.url("0.tar"), str(shards[1])])) == expected, "local files and URLs may be mixed"
     assert contents(settings(server.url("{0..1}.tar?key=a"))) == expected
+
+
+def test_neighbours_are_read_by_one_request(server, shards, settings):
+    expected, pairs = contents(settings(shards)), open_pairs(settings(server.url("{0..1}.tar")))
+    for numbers, requests in (([3], 1), (range(7), 2), ([0, 1, 4, 5], 1), ([5, 4, 6], 3), ([2, 2], 2), ([], 0)):
+        server.requests.clear()
+        assert [tuple(pair) for pair in pairs.read(numbers)] == [expected[n] for n in numbers]
+        assert sum("bytes=" in request for request in server.requests) == requests, numbers
+
+
+def test_files_far_apart_are_read_alone(server, settings, tmp_path):
+    """A shard with all images before all captions, and one with a large file of another kind between pairs."""
+    made = numbered_samples(3)
+    images, captions = ({f"{key}.{kind}": made[key][kind] for key in made} for kind in ("jpg", "txt"))
+    large = {"00000.npy": bytes(10**5), "00001.npy": bytes(10**5)}
+    write_tar(tmp_path / "a.tar", images | large | captions)
+    write_shard(tmp_path / "b.tar", {key: files | {"npy": bytes(10**5)} for key, files in made.items()})
+    expected = contents(settings(write_shard(tmp_path / "c.tar", made)))
+    for name, requests in (("a.tar", 6), ("b.tar", 3)):
+        server.files[name] = (tmp_path / name).read_bytes()
+        pairs = open_pairs(settings(server.url(name)))
+        server.requests.clear()
+        assert [tuple(pair) for pair in pairs.read(range(3))] == expected
+        reads = [re.search(r"bytes=(\d+)-(\d+)", request) for request in server.requests]
+        spans = [int(read[2]) - int(read[1]) for read in reads if read]
+        assert len(spans) == requests and max(spans) < 10**5
 
 
 def test_a_glob_matches_what_the_server_lists(server, shards):
@@ -202,6 +228,15 @@ def test_a_missing_local_file_is_an_unreadable_pair(shards, settings, pauses):
     with pytest.raises(BadPair, match=r"unreadable file: .*1\.tar"):
         pairs[6]
     assert pairs[5].caption == "caption 5" and not pauses
+
+
+def test_only_the_pairs_beyond_a_break_are_unreadable_when_neighbours_are_read(shards, settings, pauses):
+    pairs = open_pairs(settings(shards))
+    os.truncate(shards[0], pairs.index.text_start[3])
+    read = list(pairs.read(range(7)))
+    assert [isinstance(pair, BadPair) for pair in read] == [False] * 3 + [True] * 3 + [False]
+    assert {pair.cause for pair in read[3:6]} == {"unreadable file"}
+    assert [pair.caption for pair in read if not isinstance(pair, BadPair)] == [f"caption {n}" for n in (0, 1, 2, 6)]
 
 
 def test_a_local_disk_is_retried_too(shards, settings, monkeypatch, pauses):

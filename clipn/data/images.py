@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,9 +10,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision import transforms
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
 
 PIXELS_SUFFIX = ".npy"  # of files with float pixels [3, H, W] in 0..1, in the size of a model
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -38,11 +41,30 @@ def open_image(source: str | Path | bytes) -> Image.Image:
         return to_rgb(image)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, 8 bits a channel, rotated as its EXIF data says. Raises ValueError for an empty or thin one."""
+def decode_pixels(content: bytes) -> Tensor:
+    """The RGB pixels [3, H, W] in uint8 of a file's bytes, those of `open_image`; raises what it raises.
+
+    JPEGs are decoded by torchvision, which is faster. PIL decodes the other kinds, CMYK, what EXIF data rotates, and
+    what torchvision refuses.
+    """
+    with Image.open(io.BytesIO(content)) as image:  # reads the header only
+        _check_shape(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and not turned:
+            with suppress(RuntimeError):
+                return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        return v2.functional.pil_to_tensor(to_rgb(image))
+
+
+def _check_shape(image: Image.Image) -> None:
     if min(image.size) < 1 or max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
         limit = f"{_MAX_ASPECT_RATIO} times as long as wide"
         raise ValueError(f"{image.width} x {image.height} pixels: empty, or more than {limit}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, 8 bits a channel, rotated as its EXIF data says. Raises ValueError for an empty or thin one."""
+    _check_shape(image)
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 bits or a float a pixel, which PIL would clip, not scale
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
@@ -126,19 +148,38 @@ def _from_tensor(pixels: Tensor) -> Image.Image:
     return _from_array(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def train_transform(preprocess: dict, augmentation: Augmentation | None = None) -> Transform:
-    """RGB image -> augmented, normalised [3, H, W], with the size and statistics of `preprocess` (open_clip's dict)."""
+def pixel_transform(
+    preprocess: dict, augmentation: Augmentation | None = None
+) -> Callable[[Image.Image | Tensor], Tensor]:
+    """RGB image, or its uint8 pixels [3, H, W] -> augmented uint8 pixels in the size of `preprocess`, open_clip's dict.
+
+    Both kinds of input make the same draws. A tensor's pixels differ from those of a PIL image by rounding only, and
+    are resized several times faster.
+    """
     cfg, augmentation = PreprocessCfg(**preprocess), augmentation or Augmentation()
     bicubic = transforms.InterpolationMode.BICUBIC
-    steps = [transforms.RandomResizedCrop(cfg.size, scale=tuple(augmentation.crop_scale), interpolation=bicubic)]
+    steps = [v2.RandomResizedCrop(cfg.size, scale=tuple(augmentation.crop_scale), interpolation=bicubic)]
     if augmentation.flip:
-        steps.append(transforms.RandomHorizontalFlip(augmentation.flip))
+        steps.append(v2.RandomHorizontalFlip(augmentation.flip))
     if augmentation.color_jitter:
-        steps.append(transforms.ColorJitter(*[augmentation.color_jitter] * 3))
-    steps += [transforms.ToTensor(), transforms.Normalize(cfg.mean, cfg.std)]
+        steps.append(v2.ColorJitter(*[augmentation.color_jitter] * 3))
+    steps.append(v2.PILToTensor())
     if augmentation.erase:
-        steps.append(transforms.RandomErasing(augmentation.erase, scale=(0.02, 0.25)))
-    return transforms.Compose(steps)
+        mean = [round(255 * value) for value in cfg.mean]
+        steps.append(v2.RandomErasing(augmentation.erase, scale=(0.02, 0.25), value=mean))
+    return v2.Compose(steps)
+
+
+def pixel_input(preprocess: dict, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 pixels [..., 3, H, W] to a model's input on `device`, as `val_transform` normalises it."""
+    mean, std = (torch.tensor(preprocess[name], device=device)[:, None, None] for name in ("mean", "std"))
+    return lambda pixels: pixels.to(device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+
+
+def train_transform(preprocess: dict) -> Transform:
+    """RGB image -> randomly cropped, normalised [3, H, W]: open_clip's training transform, with the paper's crop."""
+    to_float = transforms.ConvertImageDtype(torch.float32)
+    return transforms.Compose([pixel_transform(preprocess), to_float, normalise(preprocess)])
 
 
 def val_transform(preprocess: dict) -> Transform:

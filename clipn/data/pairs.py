@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipn.config.schema import Config, DataConfig
-from clipn.data.images import Augmentation, Transform, open_image, train_transform
+from clipn.data.images import Augmentation, decode_pixels, pixel_transform
 from clipn.data.prompts import fill, negate
 from clipn.data.shards import CAUSES, BadPair, Pair, ShardPairs
 from clipn.data.storage import expand_patterns, is_url, name_of, read_range, version_of, with_retries
@@ -70,6 +70,14 @@ class TablePairs:
             return Pair(with_retries(path.read_bytes, path), self.captions[number])
         except (OSError, ValueError) as error:  # ValueError: a NUL in the name
             raise BadPair("unreadable file", error) from error
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Pair | BadPair]:
+        """The pairs of `numbers`; in the place of one that cannot be trained on, its BadPair."""
+        for number in numbers:
+            try:
+                yield self[number]
+            except BadPair as error:
+                yield error
 
 
 Pairs = ShardPairs | TablePairs
@@ -133,14 +141,14 @@ def fingerprint(pairs: Pairs) -> str:
 
 @dataclass(eq=False)
 class PairDataset(Dataset):
-    """(epoch, number) -> {"image" [3, H, W], "tokens" [L], "number", "skipped" [causes]}.
+    """(epoch, number) -> {"image" [3, H, W] in uint8, "tokens" [L], "number", "skipped" [causes]}.
 
-    With `negated`, "no_tokens" [L] too. A bad pair is replaced by another at random; "skipped" counts the bad ones by
-    cause, and "number" is the pair in the sample.
+    transform: pixels [3, H, W] -> those of "image". With `negated`, "no_tokens" [L] too. A bad pair is replaced by
+    another at random; "skipped" counts the bad ones by cause, and "number" is the pair in the sample.
     """
 
     pairs: Pairs
-    transform: Transform
+    transform: Callable[[torch.Tensor], torch.Tensor]
     tokenizer: Tokenizer
     templates: Sequence[str] = ("{}",)
     negated: bool = False
@@ -152,44 +160,45 @@ class PairDataset(Dataset):
         replacements = stream("replacement", self.seed, epoch, number)
         for _ in range(_MAX_REPLACEMENTS):
             try:
-                return self._sample(*self._read(place), epoch, number) | {"number": place, "skipped": skipped}
+                return self._sample(*_decoded(self.pairs[place]), epoch, number) | {"number": place, "skipped": skipped}
             except BadPair as error:
                 log.warning("skipped %s: %s", self.pairs.name(place), error)
                 skipped[CAUSES.index(error.cause)] += 1
             place = int(replacements.integers(len(self.pairs)))  # not its neighbour: a whole shard may be bad
         raise ValueError(f"{_MAX_REPLACEMENTS} pairs in a row are bad, drawn at random after {self.pairs.name(number)}")
 
-    def views(self, number: int, epochs: Iterable[int]) -> list[dict[str, torch.Tensor]]:
-        """One pair's samples in several epochs, read and decoded once. Raises BadPair."""
-        image, caption = self._read(number)
-        return [self._sample(image, caption, epoch, number) for epoch in epochs]
+    def views(self, pair: Pair, number: int, epochs: Iterable[int]) -> list[dict[str, torch.Tensor]]:
+        """The samples in several epochs of a pair, the one of `number`, decoded once. Raises BadPair."""
+        pixels, caption = _decoded(pair)
+        return [self._sample(pixels, caption, epoch, number) for epoch in epochs]
 
-    def _read(self, number: int) -> tuple[Image.Image, str]:
-        pair = self.pairs[number]
-        caption = pair.caption.strip()
-        if not caption:
-            raise BadPair("empty caption")
-        if len(caption) > _LONGEST_CAPTION:
-            raise BadPair("caption too long", f"{len(caption)} characters")
-        if not pair.image:
-            raise BadPair("empty image file")
-        try:
-            return open_image(pair.image), caption
-        except Image.DecompressionBombError as error:
-            raise BadPair("huge image", error) from error
-        except Exception as error:  # PIL raises many kinds
-            raise BadPair("broken image", error) from error
-
-    def _sample(self, image: Image.Image, caption: str, epoch: int, number: int) -> dict[str, torch.Tensor]:
+    def _sample(self, pixels: torch.Tensor, caption: str, epoch: int, number: int) -> dict[str, torch.Tensor]:
         draws = stream("sample", self.seed, epoch, number)
         template = self.templates[draws.integers(len(self.templates))]
         with torch.random.fork_rng(devices=[]):  # of torchvision's draws; torch.manual_seed would seed every device
             torch.default_generator.manual_seed(int(draws.integers(2**63)))
-            pixels = self.transform(image)
-        sample = {"image": pixels, "tokens": self.tokenizer([fill(template, caption)])[0]}
+            image = self.transform(pixels)
+        sample = {"image": image, "tokens": self.tokenizer([fill(template, caption)])[0]}
         if self.negated:
             sample["no_tokens"] = self.tokenizer([fill(negate(template), caption)])[0]
         return sample
+
+
+def _decoded(pair: Pair) -> tuple[torch.Tensor, str]:
+    """A pair's uint8 pixels [3, H, W] and its caption."""
+    caption = pair.caption.strip()
+    if not caption:
+        raise BadPair("empty caption")
+    if len(caption) > _LONGEST_CAPTION:
+        raise BadPair("caption too long", f"{len(caption)} characters")
+    if not pair.image:
+        raise BadPair("empty image file")
+    try:
+        return decode_pixels(pair.image), caption
+    except Image.DecompressionBombError as error:
+        raise BadPair("huge image", error) from error
+    except Exception as error:  # PIL raises many kinds
+        raise BadPair("broken image", error) from error
 
 
 class EpochBatches(Sampler):
@@ -234,7 +243,7 @@ def pair_dataset(config: Config, pairs: Pairs, preprocess: dict, tokenizer: Toke
     data = config.data
     augmentation = Augmentation(tuple(data.crop_scale), data.flip, data.color_jitter, data.erase)
     negated = config.train.objective == "clipn" and config.model.negated
-    transform = train_transform(preprocess, augmentation)
+    transform = pixel_transform(preprocess, augmentation)
     return PairDataset(pairs, transform, tokenizer, data.caption_templates, negated, seed)
 
 

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from clipn.data.storage import Location, is_url, open_stream, read_range, version_of, with_retries
+from clipn.data.storage import BLOCK, Location, is_url, open_stream, read_range, version_of, with_retries
 from clipn.runtime.distributed import barrier, is_main
 from clipn.runtime.files import atomic_write
 from clipn.runtime.signals import ignore_stop_signals, killed_children, stop_if_asked
@@ -32,6 +32,7 @@ IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 FAULTS = ("truncated shard", "image or caption missing", "duplicate key")  # what an index can find
 
 _FORMAT = 3  # of the cached indexes; a new number ignores the old ones
+_GAP = 2**16  # bytes between two files that are read along rather than asked for by two requests
 _ABSENT = (-1, 0)  # start and size of a file that a pair lacks
 
 log = logging.getLogger(__name__)
@@ -91,21 +92,75 @@ class ShardPairs:
         return f"{self.paths[self.index.shard[number]]}, byte {self.index.image_start[number]}"
 
     def __getitem__(self, number: int) -> Pair:
-        index, path = self.index, self.paths[self.index.shard[number]]
-        try:
-            image = read_range(path, index.image_start[number], index.image_size[number])
-            encoded = read_range(path, index.text_start[number], index.text_size[number])
-        except OSError as error:
-            raise BadPair("unreadable file", error) from error
+        (pair,) = self.read([number])
+        if isinstance(pair, BadPair):
+            raise pair
+        return pair
+
+    def read(self, numbers: Sequence[int]) -> Iterator[Pair | BadPair]:
+        """The pairs of `numbers`; in the place of one that cannot be trained on, its BadPair.
+
+        Pairs that are neighbours in a shard and in `numbers` are read at once, in requests of about BLOCK bytes.
+        """
+        for run in self._runs(numbers):
+            try:
+                files = self._files(run)
+            except OSError as error:
+                if len(run) == 1:
+                    yield BadPair("unreadable file", error)
+                else:  # perhaps not all of them
+                    for number in run:
+                        yield from self.read([number])
+                continue
+            for number, (image, text) in zip(run, files, strict=True):
+                try:
+                    yield Pair(image, self._caption(number, text))
+                except BadPair as error:
+                    yield error
+
+    def _runs(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """The numbers in lists, each of pairs that are read at once."""
+        run: list[int] = []
+        first = last = 0  # the first byte of the run, and the one after it
+        for number in numbers:
+            start, end = self._extent(number)
+            same = run and self.index.shard[number] == self.index.shard[run[0]]
+            if run and not (same and 0 <= start - last <= _GAP and end - first <= BLOCK):
+                yield run
+                run = []
+            first, last = first if run else start, end
+            run.append(number)
+        if run:
+            yield run
+
+    def _extent(self, number: int) -> tuple[int, int]:
+        """The first byte of a pair's files in its shard, and the one after the last."""
+        _, image, image_size, text, text_size, _ = (int(column[number]) for column in self.index[:-1])
+        return min(image, text), max(image + image_size, text + text_size)
+
+    def _files(self, run: list[int]) -> list[tuple[bytes, bytes]]:
+        """The bytes of each pair's image and caption file. Raises OSError."""
+        index, path = self.index, self.paths[self.index.shard[run[0]]]
+        columns = (index.image_start, index.image_size, index.text_start, index.text_size)
+        places = [[int(column[number]) for column in columns] for number in run]
+        first, last = self._extent(run[0])[0], self._extent(run[-1])[1]
+        if len(run) == 1 and last - first > sum(places[0][1::2]) + _GAP:  # far apart in the shard
+            return [(read_range(path, *places[0][:2]), read_range(path, *places[0][2:]))]
+        content = read_range(path, first, last - first)
+        places = [(image - first, size, text - first, length) for image, size, text, length in places]
+        return [(content[image : image + size], content[text : text + length]) for image, size, text, length in places]
+
+    def _caption(self, number: int, encoded: bytes) -> str:
+        """The caption in its file's bytes. Raises BadPair."""
         try:
             text = encoded.decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadPair("caption not in UTF-8", error) from error
-        if index.text_is_json[number]:
-            text = _json_caption(text, self.caption_key or "caption")
-        elif self.caption_key:
+        if self.index.text_is_json[number]:
+            return _json_caption(text, self.caption_key or "caption")
+        if self.caption_key:
             raise BadPair("no caption", f"data.caption_key={self.caption_key!r}: there is no .json beside the image")
-        return Pair(image, text)
+        return text
 
 
 def _json_caption(text: str, key: str) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from clipn.config.schema import Config
+from clipn.data.images import pixel_input
 from clipn.data.pairs import Pairs, Tokenizer, check_bad_fraction, epoch_batches, fingerprint, pair_dataset
-from clipn.data.shards import CAUSES, BadPair
+from clipn.data.shards import CAUSES, BadPair, Pair
 from clipn.features.columns import DenseColumn, RaggedColumn
 from clipn.features.store import Columns, Encode, FeatureStore
 from clipn.model.base import context_length
@@ -113,15 +114,16 @@ def feature_loader(config: Config, features: PairFeatures, start: int) -> tuple[
 def pair_encoder(model: CLIPN, precision: str, dtype: torch.dtype) -> Encode:
     """A function that encodes a batch of `views` images and texts per pair into the columns of a store.
 
-    "image" [b, views, 3, H, W] and "tokens" [b, texts, L] -> "image" [b, views, D] and "yes" [b, texts, D] of `dtype`,
-    and "tokens" (and "no_tokens", if in the batch) as ragged columns.
+    "image" [b, views, 3, H, W] in uint8 and "tokens" [b, texts, L] -> "image" [b, views, D] and "yes" [b, texts, D] of
+    `dtype`, and "tokens" (and "no_tokens", if in the batch) as ragged columns.
     """
     device, tower = model.logit_scale.device, model.base.text
+    to_input = pixel_input(model.preprocess, device)
 
     def encode(batch: Columns) -> Columns:
-        images, tokens = batch["image"].to(device, non_blocking=True), batch["tokens"]
+        tokens = batch["tokens"]
         with autocast(device, precision):
-            image = torch.stack([model.encode_image(view) for view in images.unbind(1)], dim=1)
+            image = torch.stack([model.encode_image(to_input(view)) for view in batch["image"].unbind(1)], dim=1)
             yes = torch.stack([model.encode_text(view) for view in tokens.unbind(1)], dim=1)
         columns = {"image": image.to(dtype), "yes": yes.to(dtype)}
         for name in ("tokens", "no_tokens"):
@@ -141,15 +143,22 @@ def _ragged_tokens(tower: nn.Module, tokens: Tensor, name: str) -> Columns:
 
 
 class _PairViews(Dataset):
-    """number -> {"image" [views, 3, H, W], "tokens" [texts, L], "no_tokens" [texts, L]}, or its cause if bad."""
+    """Each number -> {"image" [views, 3, H, W], "tokens" [texts, L], "no_tokens" [texts, L]}, or its cause if bad."""
 
     def __init__(self, config: Config, pairs: Pairs, model: CLIPN, tokenizer: Tokenizer, texts: int) -> None:
         self.dataset = pair_dataset(config, pairs, model.preprocess, tokenizer, config.features.seed)
-        self.views, self.texts = config.features.views, texts
+        self.epochs, self.texts = range(config.features.views), texts
 
-    def __getitem__(self, number: int) -> dict[str, Tensor] | int:
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Tensor] | int]:
+        """The samples of a batch, as a DataLoader asks for them: neighbouring pairs are read at once."""
+        pairs = self.dataset.pairs.read(numbers)
+        return [self._views(number, pair) for number, pair in zip(numbers, pairs, strict=True)]
+
+    def _views(self, number: int, pair: Pair | BadPair) -> dict[str, Tensor] | int:
         try:
-            views = self.dataset.views(number, range(self.views))
+            if isinstance(pair, BadPair):
+                raise pair
+            views = self.dataset.views(pair, number, self.epochs)
         except BadPair as error:
             log.warning("skipped %s: %s", self.dataset.pairs.name(number), error)
             return CAUSES.index(error.cause)

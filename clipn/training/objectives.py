@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipn.config.schema import Config
+from clipn.data.images import pixel_input
 from clipn.losses import itbo_loss, tso_loss
 from clipn.model.base import build_base
 from clipn.model.checkpoint import load_weights, published_state
@@ -37,6 +38,7 @@ class ClipnObjective:
         self.model = configured_model(config.model, device).train()
         self.trained = sync_batch_norm(self.model.no_text, device)
         self.preprocess, self.architecture = self.model.preprocess, self.model.architecture
+        self.to_input = pixel_input(self.preprocess, device)
         if config.train.grad_checkpointing:
             self.trained.recompute_activations()
         if config.train.compile:
@@ -80,11 +82,10 @@ class ClipnObjective:
         return loss, {name: part * value for name, value in terms.items()}
 
     def _frozen(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """[b, 3, H, W] and [b, L] -> image and yes features, a micro-batch at a time."""
+        """[b, 3, H, W] in uint8 and [b, L] -> image and yes features, a micro-batch at a time."""
         size = self.config.train.micro_batch_size or len(tokens)
         with torch.inference_mode(), autocast(self.device, self.config.train.precision):
-            images = images.to(self.device, non_blocking=True)
-            image = torch.cat([self.model.encode_image(part) for part in images.split(size)])
+            image = torch.cat([self.model.encode_image(self.to_input(part)) for part in images.split(size)])
             yes = torch.cat([self.model.encode_text(part) for part in tokens.split(size)])
         return image.clone(), yes.clone()  # an inference tensor itself cannot take part in a gradient
 
@@ -131,6 +132,7 @@ class ClipObjective:
             if value is not None:
                 base.visual.preprocess_cfg[key] = tuple(value)
         self.preprocess = base.visual.preprocess_cfg
+        self.to_input = pixel_input(self.preprocess, device)
         self.base = sync_batch_norm(base.to(device).train(), device)
         # A logit bias cancels in the softmax, and a caption decoder has no part in this loss.
         base.requires_grad_(False)
@@ -145,7 +147,7 @@ class ClipObjective:
         self.contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank(), world_size=world_size())
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        return {"image": batch["image"].to(self.device, non_blocking=True), "tokens": batch["tokens"]}
+        return {"image": self.to_input(batch["image"]), "tokens": batch["tokens"]}
 
     def loss(self, trained: nn.Module, batch: Batch, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         assert rows == slice(0, len(batch["tokens"])), "the contrastive loss compares every text of a batch"

@@ -29,7 +29,7 @@ from PIL import Image
 
 from clipn.config.loading import load_config, to_dict
 from clipn.config.schema import Config, DataConfig
-from clipn.data.images import train_transform
+from clipn.data.images import pixel_transform
 from clipn.data.pairs import PairDataset, open_pairs
 from clipn.data.shards import CAUSES, IMAGE_KINDS, BadPair
 from clipn.model.base import get_tokenizer
@@ -205,11 +205,11 @@ def members(path: Path):
 
 def check_pairs(pairs, contents: list[set[bytes]] | None = None) -> None:
     """Check that a good pair is returned as it is, a bad one replaced by a good one and its cause counted."""
-    dataset = PairDataset(pairs, train_transform(default_preprocess(16)), TOKENIZER)
+    dataset = PairDataset(pairs, pixel_transform(default_preprocess(16)), TOKENIZER)
     alone: list[dict[str, torch.Tensor] | str] = []  # the sample, or the cause of a bad pair
     for number in range(len(pairs)):
         try:
-            alone += dataset.views(number, [0])
+            alone += dataset.views(pairs[number], number, [0])
         except BadPair as error:
             alone.append(error.cause)
             continue
