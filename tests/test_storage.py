@@ -94,7 +94,8 @@ def test_shards_behind_urls_hold_the_pairs_of_the_local_files(server, shards, se
 
 def test_neighbours_are_read_by_one_request(server, shards, settings):
     expected, pairs = contents(settings(shards)), open_pairs(settings(server.url("{0..1}.tar")))
-    for numbers, requests in (([3], 1), (range(7), 2), ([0, 1, 4, 5], 1), ([5, 4, 6], 3), ([2, 2], 2), ([6, 1], 2), ([], 0)):
+    cases = ([3], 1), (range(7), 2), ([0, 1, 4, 5], 1), ([5, 4, 6], 3), ([2, 2], 2), ([6, 1], 2), ([], 0)
+    for numbers, requests in cases:
         server.requests.clear()
         assert [tuple(pair) for pair in pairs.read(numbers)] == [expected[n] for n in numbers]
         assert sum("bytes=" in request for request in server.requests) == requests, numbers
