@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,9 +20,12 @@ from clipn.config.loading import load_config
 from clipn.deploy.state import DETECTOR_METHODS
 from clipn.evaluation.evaluate import evaluate
 from clipn.methods.registry import METHODS
+from clipn.methods.taggers import make_tagger
+from clipn.methods.tokens import REJECTED
 from clipn.scores import DECISIONS
 
 NAMES = ["apple", "bus", "cat"]
+RED = 0.0  # normalised
 TAGOOD = {"epochs": 2, "width": 16, "heads": 2, "tags": "clipn"}
 LEARNING = [name for name in DETECTOR_METHODS if name in METHODS and METHODS[name].needs]
 
@@ -228,10 +232,54 @@ def test_images_that_clipn_calls_ood_are_not_learned(loaded, images, labels, mon
 
 
 def test_tokens_need_a_fit_of_their_own(fitted, images, tmp_path):
-    with pytest.raises(ValueError, match=r"TagOOD-PL learns from in-distribution images"):
+    with pytest.raises(ValueError, match=r"TagOOD-PL learns from in-distribution images: .*fit\(id_images\)"):
         fitted.with_classes(NAMES, method="TagOOD-PL").predict(images["id"][0])
+    with pytest.raises(ValueError, match=r"TagOOD learns .* with labels: .*fit\(id_images, labels\)"):
+        fitted.with_classes(["dog", "cat"], method="TagOOD").predict(images["id"][0])
     with pytest.raises(ValueError, match="settings={}: expected ProbeConfig or TagoodConfig"):
         fitted.with_classes(NAMES, method="TagOOD-PL").fit(images["train"], settings={})
+
+
+def make_red_tagger(settings, model, head, class_names, scale):
+    """The base's tagger, for which an image has a tag if its red is above a limit."""
+    base = make_tagger(replace(settings, tagger="clip"), model, head, class_names, scale)
+
+    class Red:
+        identity, dim, preprocess = "red", base.dim, base.preprocess
+
+        def __call__(self, pixels):
+            return base(pixels)._replace(tagged=pixels[:, 0].mean(dim=(1, 2)) > RED)
+
+    return Red()
+
+
+def test_images_without_a_tag_are_ood_at_any_threshold(loaded, images, caplog):
+    settings = TagoodConfig(**TAGOOD | {"tags": "classes", "tagger": f"{__name__}:make_red_tagger"}, untagged="reject")
+    detector = loaded.with_classes(NAMES, method="TagOOD-PL").fit(images["train"], settings=settings)
+    detector.calibrate(images["id"])
+    rejected = [result.score == REJECTED for result in detector.predict(images["id"])]
+    assert 0 < sum(rejected) < len(rejected)
+    assert [result.is_ood for result in detector.predict(images["id"])] == rejected
+    assert f"calibrate: {100 * np.mean(rejected):.1f} % of the images have no tag" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["TagOOD", "LP-MSP", "kNN"])
+def test_the_callers_own_modes_do_not_change_a_fit(loaded, images, labels, method):
+    settings = None if method == "kNN" else TagoodConfig(**TAGOOD) if method == "TagOOD" else ProbeConfig(epochs=2)
+    expected = loaded.with_classes(NAMES, method=method).fit(images["train"], labels, settings=settings)
+    expected = scores(expected.predict(images["ood"]))
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        detector = loaded.with_classes(NAMES, method=method)
+        with mode:
+            detector.fit(images["train"], labels, settings=settings)
+        assert scores(detector.predict(images["ood"])) == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_that_are_not_finite_set_no_threshold(with_tokens, images, monkeypatch):
+    detector = with_tokens.with_classes(NAMES)
+    monkeypatch.setattr(type(detector._state.scorer), "__call__", lambda *_: (torch.full((1,), float("nan")), None))
+    with pytest.raises(ValueError, match="calibrate: TagOOD gives scores that are not finite"):
+        detector.calibrate(images["id"], batch_size=1)
 
 
 def test_a_saved_detector_of_another_tagger_is_refused(loaded, images, tmp_path):

@@ -136,7 +136,8 @@ def test_gradient_attention_against_finite_differences(vision):
     assert float(tags.attention[0, 0]) == 1 and all(p.grad is None for p in model.parameters())
 
 
-def test_gradient_attention_of_an_image_does_not_depend_on_the_others(vit, images):
+def test_gradient_attention_of_an_image_does_not_depend_on_the_others(vit, images, monkeypatch):
+    monkeypatch.setattr("clipn.methods.taggers._GRADIENT_IMAGES", 2)
     tagger = tagger_of(*vit, attention="gradient")
     together = tag(tagger, images)
     for number, image in enumerate(images):
@@ -287,6 +288,12 @@ def test_ram_has_its_own_preprocessing(vit, package):
     torch.testing.assert_close(transform(wide), (pixels - mean) / std)
 
 
+def test_tags_are_read_as_class_names_are_and_in_any_case(vit, package, tmp_path):
+    (tmp_path / "other.txt").write_text("Cat\n\nDOG \nred car\n\n", encoding="utf-8-sig")
+    tagger = tagger_of(*vit, tagger="ram", **package | {"tags": f"{tmp_path}/other.txt"})
+    assert torch.equal(tagger.tags, tagger_of(*vit, tagger="ram", **package).tags)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -338,6 +345,16 @@ def make_own(settings, model, head, class_names, scale):
     return Own()
 
 
+def make_without_arguments():
+    return None
+
+
+def make_without_identity(settings, model, head, class_names, scale):
+    tagger = Own()
+    tagger.identity = None
+    return tagger
+
+
 def make_nothing(settings, model, head, class_names, scale):
     return "a text"
 
@@ -354,6 +371,9 @@ def test_a_tagger_of_ones_own(vit, images):
         ("no_such_module:f", "tagood.tagger=no_such_module:f: No module named.*on PYTHONPATH"),
         (f"{__name__}:absent", "absent.*on PYTHONPATH"),
         (f"{__name__}:make_nothing", "the str it makes has no identity"),
+        (f"{__name__}:make_without_arguments", "too many positional arguments; expected a function"),
+        (f"{__name__}:make_without_identity", "has no identity, or one of another type"),
+        ("..:f", "expected a function"),
     ],
 )
 def test_what_is_no_tagger_is_reported(vit, name, message):
@@ -367,9 +387,11 @@ def test_what_is_no_tagger_is_reported(vit, name, message):
         ({"tokens": torch.ones(5, 3, 3)}, r"left half: expected tokens \[5, P, 3\].*got tokens \[5, 3, 3\]"),
         ({"tagged": torch.ones(5)}, "a bool; got"),
         ({"confidence": torch.ones(5, 1)}, r"confidence \[5, 1\]"),
-        ({"attention": torch.full((5, 2), 1.5)}, r"attention outside 0\.\.1"),
-        ({"attention": torch.full((5, 2), float("nan"))}, r"attention outside 0\.\.1"),
-        ({"tokens": torch.full((5, 2, 3), float("inf"))}, "tokens that are not finite"),
+        ({"attention": torch.full((5, 2), 1.5)}, "attention or confidence outside"),
+        ({"attention": torch.full((5, 2), float("nan"))}, "attention or confidence outside"),
+        ({"attention": torch.ones(5)}, r"attention \[5\]"),
+        ({"confidence": torch.full((5,), float("nan"))}, r"confidence outside 0\.\.1"),
+        ({"tokens": torch.full((5, 2, 3), float("inf"))}, "tokens not finite"),
     ],
 )
 def test_tags_of_another_form_are_reported(images, changes, message):

@@ -234,6 +234,16 @@ def test_images_without_a_tag_have_the_lowest_score_or_that_of_their_best_tag(sc
     torch.testing.assert_close(TagScore(everything, MeanToken(), centres)(tags), expected)
 
 
+def test_damaged_and_too_large_tokens_are_errors():
+    columns, device = token_columns(make_tags(4), SMALL), torch.device("cpu")
+    for name in ("tokens", "tagged"):
+        with pytest.raises(ValueError, match="tokens of 4 images: the stored columns do not fit each other"):
+            open_tokens([columns | {name: columns[name][:-1]}], device)
+    tags = make_tags(4)
+    with pytest.raises(ValueError, match="tokens beyond 65504"):
+        token_columns(tags._replace(tokens=1e5 * tags.tokens), SMALL)
+
+
 def test_training_images_without_a_tag_are_left_out_if_they_are_rejected():
     tags, labels = make_tags(12), torch.arange(12) % 3
     opened = open_tokens([token_columns(tags, SMALL)], torch.device("cpu"))

@@ -89,7 +89,7 @@ def load_templates(value: Any, source: str = "eval.templates") -> list[str]:
         return TEMPLATE_SETS[value]()
     if not Path(value).is_file():
         raise FileNotFoundError(f"{source}={value!r}: no such file, nor one of {', '.join(TEMPLATE_SETS)}")
-    return check_templates(_lines(Path(value)), value)
+    return check_templates(read_lines(Path(value)), value)
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
@@ -165,14 +165,15 @@ def _read_names(path: Path, source: str) -> Any:
     if path.is_dir() or not path.exists():
         raise FileNotFoundError(f"{source}: no such file, nor 'imagenet' or 'folders'")
     if path.suffix != ".json":
-        return _lines(path)
+        return read_lines(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises ValueError for one that is not in UTF-8."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

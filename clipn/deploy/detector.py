@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,20 +21,28 @@ from clipn.deploy.class_weights import ClassWeights
 from clipn.deploy.pixels import PixelReader
 from clipn.deploy.result import Result
 from clipn.deploy.saved import check_tokens, is_same_model, read_settings, read_training, write_detector
-from clipn.deploy.state import State, check_choices, check_method, classify, learned, make_state, unfitted
+from clipn.deploy.state import (
+    State,
+    check_choices,
+    check_method,
+    classify,
+    find_threshold,
+    learned,
+    make_state,
+    unfitted,
+)
 from clipn.deploy.training_images import encode_training
 from clipn.methods.registry import MethodInputs
 from clipn.methods.scoring import token_finder
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head
+from clipn.model.precision import plain_mode
 from clipn.model.weights import open_model
 from clipn.runtime.distributed import choose_device
 
 log = logging.getLogger(__name__)
 
 _DEFAULTS = {"class_names": None, "templates": "simple", "method": "ATD", "scale": 100.0}
-_FEW = 20  # fewer images give a rough threshold
-_ROUNDING = 1e-4  # relative difference of a score between batch sizes
 
 
 class Detector:
@@ -191,7 +198,8 @@ class Detector:
         state, images = self._state, [id_images] if is_one_image(id_images) else id_images
         inputs = unfitted(state.inputs, settings)
         batches, find_tokens = self._reader.batches(images, batch_size), token_finder(state.method, inputs)
-        training = encode_training(self.model, batches, labels, inputs.class_names, on_error, find_tokens)
+        with plain_mode(self.model.logit_scale.device):
+            training = encode_training(self.model, batches, labels, inputs.class_names, on_error, find_tokens)
         inputs = replace(inputs, **training)
         if train_filter:
             inputs.use_kept_by(train_filter)
@@ -259,10 +267,7 @@ class Detector:
             raise ValueError(f"calibrate: train_filter={train_filter} calls each of the {number_ood} images OOD")
         if not scores:
             raise ValueError("calibrate: expected at least one in-distribution image, got none")
-        if len(scores) < _FEW:
-            log.warning("calibrate: only %d images set the threshold, which is rough", len(scores))
-        threshold = float(np.quantile(scores, 1 - keep, method="lower"))  # at least `keep` of them reach it
-        threshold -= _ROUNDING * abs(threshold)  # also in batches of another size
+        threshold = find_threshold(state, scores, keep)
         with self._lock:
             if self._state is not state:
                 raise ValueError("calibrate: classes or threshold were changed meanwhile; calibrate again")

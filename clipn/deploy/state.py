@@ -1,9 +1,11 @@
 """The state of a Detector: method, classes, and what was learned from in-distribution images; its predictions."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,11 +14,16 @@ from clipn.config.evaluation import ProbeConfig, TagoodConfig
 from clipn.deploy.result import Result, make_results
 from clipn.methods.registry import METHOD_NAMES, METHODS, MethodInputs
 from clipn.methods.scoring import Scorer, lacking, make_scorer
+from clipn.model.precision import plain_mode
 from clipn.scores import DECISIONS, SCORES
+
+log = logging.getLogger(__name__)
 
 DETECTOR_METHODS = tuple(  # the others need words
     name for name in METHOD_NAMES if name not in METHODS or "words" not in METHODS[name].needs
 )
+_FEW = 20  # fewer images give a rough threshold
+_ROUNDING = 1e-4  # relative difference of a score between batch sizes
 _LEARNS = "method %s learns from in-distribution images%s: call detector.fit(%s)"
 
 
@@ -33,11 +40,12 @@ class State(NamedTuple):
 
 def make_state(method: str, templates: Sequence[str], inputs: MethodInputs) -> State:
     """The state without a threshold; `lacks` says what the method has yet to learn from. Raises as its fit does."""
-    missing = lacking(method, inputs)
-    if missing:
-        words = (" with labels", "id_images, labels") if missing == "labels" else ("", "id_images")
+    if lacking(method, inputs):
+        labelled = "labels" in METHODS[method].needs and inputs.labels is None
+        words = (" with labels", "id_images, labels") if labelled else ("", "id_images")
         return State(method, tuple(templates), inputs, None, _LEARNS % (method, *words))
-    return State(method, tuple(templates), inputs, make_scorer(method, inputs) if method in METHODS else None, None)
+    with plain_mode(inputs.head.weight_yes.device):
+        return State(method, tuple(templates), inputs, make_scorer(method, inputs) if method in METHODS else None, None)
 
 
 def classify(state: State, pixels: Tensor) -> list[Result]:
@@ -60,6 +68,25 @@ def classify(state: State, pixels: Tensor) -> list[Result]:
         else:
             says_ood = [None] * len(pixels)
     return make_results(state.method, scores, says_ood, (*logits, own_logits), inputs.class_names)
+
+
+def find_threshold(state: State, scores: Sequence[float], keep: float) -> float:
+    """The threshold that at least a share `keep` of the scores reaches, but for images that the method always rejects.
+
+    Raises ValueError for scores that are not finite.
+    """
+    if not np.isfinite(scores).all():
+        raise ValueError(f"calibrate: {state.method} gives scores that are not finite; fit it again")
+    if len(scores) < _FEW:
+        log.warning("calibrate: only %d images set the threshold, which is rough", len(scores))
+    threshold = float(np.quantile(scores, 1 - keep, method="lower"))
+    threshold -= _ROUNDING * abs(threshold)  # also in batches of another size
+    rejected = state.scorer.rejected if state.scorer else -math.inf
+    if threshold > rejected:
+        return threshold
+    share = 100 * np.mean(np.array(scores) <= rejected)
+    log.warning("calibrate: %.1f %% of the images have no tag, and are OOD at any threshold", share)
+    return float(np.nextafter(np.float32(rejected), np.float32(math.inf)))  # scores are float32
 
 
 def learned(state: State, class_names: Sequence[str], templates: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Methods as functions of images and their encodings: many for image sets, one for a Detector."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from clipn.features.columns import Rows
 from clipn.features.store import Columns
 from clipn.methods.registry import CLASSIFIERS, METHODS, MethodInputs, make_methods
 from clipn.methods.taggers import tag
-from clipn.methods.tokens import token_columns
+from clipn.methods.tokens import REJECTED, token_columns
 
 _ROWS = 1024  # images scored at once
 
@@ -48,6 +49,7 @@ class Scorer(NamedTuple):
     score: Callable[..., Tensor]
     takes: str
     classify: Callable[[Tensor, Tensor], Tensor] | None
+    rejected: float = -math.inf  # the score of images that it calls OOD whatever the threshold
 
     def __call__(self, images: Tensor, features: Tensor, tower: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Normalised images [B, 3, H, W], features [B, D], tower outputs [B, W] -> scores [B], its classifier's logits.
@@ -74,7 +76,8 @@ def make_scorer(method: str, inputs: MethodInputs) -> Scorer:
         if tagger.preprocess != inputs.model.preprocess:
             reason = f"tagood.tagger={inputs.tagood.tagger} reads images of its own size; use `clipn eval`"
             raise ValueError(f"{method}: {reason}")
-        return Scorer(lambda images: score(tag(tagger, images)), "images", None)
+        rejected = REJECTED if inputs.tagood.untagged == "reject" else -math.inf
+        return Scorer(lambda images: score(tag(tagger, images)), "images", None, rejected)
     return Scorer(score, takes, CLASSIFIERS[takes](inputs) if takes in CLASSIFIERS else None)
 
 

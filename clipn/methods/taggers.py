@@ -7,6 +7,7 @@ calls FUNCTION(settings, model, head, class_names, scale), which returns a tagge
 
 import difflib
 import importlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD
 from torch import Tensor, nn
 
 from clipn.config.evaluation import TagoodConfig
+from clipn.data.prompts import read_lines
 from clipn.methods.from_images import local_features
 from clipn.model.clipn import CLIPN
 from clipn.model.hashing import tensor_hash, weights_hash
@@ -26,6 +28,7 @@ from clipn.model.head import Head
 from clipn.runtime.console import shortened
 
 _CONSTANT = 1e-5  # attention that varies less, relative to its largest value, counts as constant
+_GRADIENT_IMAGES = 16  # in one pass backward: ViT-B-16 keeps 75 MB an image
 _RAM_IMAGES = 16  # tagged at once: RAM's attention takes 10 MB an image and layer
 _RAM_SIZE, _RAM_DIM = 384, 512
 _RAM_FILES = {
@@ -91,23 +94,28 @@ def make_tagger(settings: TagoodConfig, model: CLIPN, head: Head, class_names: S
     if settings.tagger.startswith("ram"):
         return RamTagger(settings, class_names, model.logit_scale.device)
     tagger = _own_function(settings.tagger)(settings, model, head, class_names, scale)
-    missing = [name for name in ("identity", "dim", "preprocess", "__call__") if not hasattr(tagger, name)]
+    kinds = {"identity": str, "dim": int, "preprocess": dict, "__call__": Callable}
+    missing = [name for name, kind in kinds.items() if not isinstance(getattr(tagger, name, None), kind)]
     if missing:
-        raise ValueError(f"tagood.tagger={settings.tagger}: the {type(tagger).__name__} it makes has no {missing[0]}")
+        problem = f"has no {missing[0]}, or one of another type"
+        raise ValueError(f"tagood.tagger={settings.tagger}: the {type(tagger).__name__} it makes {problem}")
     return tagger
 
 
 def tag(tagger: Tagger, pixels: Tensor) -> Tags:
     """What the tagger says of images [B, 3, H, W], checked. Raises ValueError for what is not as `Tags` says."""
     tags = tagger(pixels)
-    count, places = len(pixels), tags.attention.shape[-1]
+    if not isinstance(tags, Tags) or not all(isinstance(part, Tensor) for part in tags):
+        raise ValueError(f"tagger {tagger.identity}: expected Tags of tensors, got {type(tags).__name__}")
+    count, places = len(pixels), max([*tags.attention.shape[1:], 1])
     shapes = [(count, places, tagger.dim), (count, places), (count,), (count,)]
     if [tuple(part.shape) for part in tags] != shapes or tags.tagged.dtype != torch.bool:
         expected = f"tokens [{count}, P, {tagger.dim}], attention [{count}, P], confidence and tagged [{count}]"
         found = ", ".join(f"{name} {[*part.shape]}" for name, part in tags._asdict().items())
         raise ValueError(f"tagger {tagger.identity}: expected {expected}, a bool; got {found}")
-    if not (tags.tokens.isfinite().all() and ((tags.attention >= 0) & (tags.attention <= 1)).all()):
-        raise ValueError(f"tagger {tagger.identity}: tokens that are not finite, or attention outside 0..1")
+    shares = torch.cat([tags.attention.flatten(), tags.confidence])
+    if not (tags.tokens.isfinite().all() and ((shares >= 0) & (shares <= 1)).all()):
+        raise ValueError(f"tagger {tagger.identity}: tokens not finite, or attention or confidence outside 0..1")
     return tags
 
 
@@ -155,12 +163,17 @@ class ClipTagger:
         side = math.isqrt(places)
         if side**2 != places:
             raise ValueError(f"tagood.attention=gradient: {places} patches are no square grid; use cosine")
-        with torch.inference_mode(False), torch.enable_grad():
-            pixels, weights = pixels.detach().clone().requires_grad_(), weights.clone()
-            best = (self.model.encode_image(pixels).float() @ weights.T).amax(dim=1)
-            (gradient,) = torch.autograd.grad(best.sum(), pixels)
+        gradient = torch.cat([self._gradient(part) for part in pixels.split(_GRADIENT_IMAGES)])
         squares = F.adaptive_avg_pool2d(gradient.float().square().sum(dim=1, keepdim=True), side)
         return lambda used: squares.sqrt().flatten(2).mT.expand(-1, -1, len(used))
+
+    def _gradient(self, pixels: Tensor) -> Tensor:
+        """The gradient of each image's largest cosine to a class, [b, 3, H, W]."""
+        with torch.inference_mode(False), torch.enable_grad():
+            pixels, weights = pixels.detach().clone().requires_grad_(), self.head.weight_yes.clone()
+            best = (self.model.encode_image(pixels).float() @ weights.T).amax(dim=1)
+            (gradient,) = torch.autograd.grad(best.sum(), pixels)
+        return gradient
 
 
 class RamTagger:
@@ -242,16 +255,19 @@ def _ram_module(settings: TagoodConfig) -> Any:
 def _own_function(name: str) -> Callable[..., Tagger]:
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"tagood.tagger={name}: {error}; expected a function in a module on PYTHONPATH") from error
+        made = getattr(importlib.import_module(module), function)
+        inspect.signature(made).bind("settings", "model", "head", "class_names", "scale")
+        return made
+    except Exception as error:  # a module may raise anything
+        expected = "a function(settings, model, head, class_names, scale) in a module on PYTHONPATH"
+        raise ValueError(f"tagood.tagger={name}: {error}; expected {expected}") from error
 
 
 def _read_tags(path: str, class_names: Sequence[str]) -> list[str]:
     """The lines of a file with a tag for each class."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"tagood.tags={path!r}: no such file")
-    tags = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    tags = read_lines(Path(path))
     if len(tags) != len(class_names):
         raise ValueError(
             f"tagood.tags={path!r}: {len(tags)} lines; expected one for each of {len(class_names)} classes"
@@ -261,10 +277,11 @@ def _read_tags(path: str, class_names: Sequence[str]) -> list[str]:
 
 def _numbers(tags: Sequence[str], known: Sequence[str], settings: TagoodConfig) -> list[int]:
     """The numbers of the tags in RAM's list. Raises ValueError for tags that are not in it, with near ones."""
-    unknown = [name for name in tags if name not in known]
+    numbers = {name.lower(): number for number, name in reversed(list(enumerate(known)))}
+    unknown = [name for name in tags if name.lower() not in numbers]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=3)
         hint = f" (near: {', '.join(near)})" if near else ""
         problem = f"{len(unknown)} of {len(tags)} are no tag of {settings.tagger}: {shortened(unknown, 5)}{hint}"
         raise ValueError(f"tagood.tags={settings.tags}: {problem}; name a tag for each class in a .txt file")
-    return [known.index(name) for name in tags]
+    return [numbers[name.lower()] for name in tags]

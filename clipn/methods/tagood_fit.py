@@ -76,9 +76,10 @@ def fit_tagood(
         projector, centres = _new(tokens.values.shape[1], num_classes, settings)
         fitted = Fitted(projector.to(device).train(), centres.to(device))
         _train(fitted, tokens, labels.to(device).long(), settings, path)
-    if not all(value.isfinite().all() for value in (*projector.parameters(), fitted.centres)):
-        raise ValueError(f"tagood: tokens that are not finite, or a training that diverged at tagood.lr={settings.lr}")
     projector.eval().requires_grad_(False)
+    features = projector(*tokens.take(torch.arange(min(_ROWS, len(tokens)))))
+    if not all(value.isfinite().all() for value in (*projector.parameters(), fitted.centres, features)):
+        raise ValueError(f"tagood: tokens that are not finite, or a training that diverged at tagood.lr={settings.lr}")
     return fitted
 
 

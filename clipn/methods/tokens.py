@@ -121,16 +121,20 @@ def fit_row(
 
 
 def token_columns(tags: Tags, settings: TagoodConfig) -> Columns:
-    """What is kept of training images, for `open_tokens`: the columns of B images."""
+    """What is kept of training images, for `open_tokens`: the columns of B images. Raises ValueError if too large."""
     tokens, mask = select_tokens(*tags[:2], settings.attention_threshold, settings.max_tokens + 1)
-    columns = {"tokens": tokens[mask].half(), "count": mask.sum(dim=1)}
-    return columns | {"image": tags.tokens[:, 0].half(), "tagged": tags.tagged}
+    columns = {"tokens": tokens[mask].half(), "count": mask.sum(dim=1), "image": tags.tokens[:, 0].half()}
+    if not all(columns[name].isfinite().all() for name in ("tokens", "image")):
+        raise ValueError("tagood: tokens beyond 65504, the largest number of float16, in which they are kept")
+    return columns | {"tagged": tags.tagged}
 
 
 def open_tokens(parts: Sequence[Columns], device: torch.device) -> TrainingTokens:
-    """The training tokens whose `token_columns` are these, part by part."""
+    """The training tokens whose `token_columns` are these, part by part. Raises ValueError for damaged ones."""
     values, image = (open_rows([part[name] for part in parts], device) for name in ("tokens", "image"))
     counts, tagged = (torch.cat([part[name] for part in parts]).cpu() for name in ("count", "tagged"))
+    if not (len(counts) == len(tagged) == len(image) and int(counts.sum()) == len(values) and counts.min() > 0):
+        raise ValueError(f"tokens of {len(image)} images: the stored columns do not fit each other; they are damaged")
     return TrainingTokens(RaggedRows(values, counts), image, tagged)
 
 
