@@ -8,6 +8,7 @@ already. Entropy and variance are baselines in the released code of MCM, there f
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,6 +59,27 @@ def atd(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0, bias: float
     return (p_yes(logits_yes, logits_no, bias) * logits_yes.softmax(dim=1)).sum(dim=1)
 
 
+def msp_log_odds(logits_yes: Tensor, logits_no: Tensor | None = None, bias: float = 0.0) -> Tensor:
+    """log(MSP / (1 - MSP)), the largest number for a single class."""
+    top = logits_yes.argmax(dim=1, keepdim=True)
+    others = logits_yes.scatter(1, top, -torch.inf)
+    log_odds = logits_yes.gather(1, top).squeeze(1) - others.logsumexp(dim=1)
+    return log_odds.clamp(max=torch.finfo(log_odds.dtype).max)
+
+
+def ctw_log_odds(logits_yes: Tensor, logits_no: Tensor, bias: float = 0.0) -> Tensor:
+    """log(CTW / (1 - CTW)): -d of the class with the highest logits_yes."""
+    top = logits_yes.argmax(dim=1, keepdim=True)
+    return (logits_yes - logits_no).gather(1, top).squeeze(1) - bias
+
+
+def atd_log_odds(logits_yes: Tensor, logits_no: Tensor, bias: float = 0.0) -> Tensor:
+    """log(ATD / (1 - ATD))."""
+    log_probability, margin = logits_yes.log_softmax(dim=1), logits_yes - logits_no - bias
+    known, unknown = (log_probability + F.logsigmoid(sign * margin) for sign in (1, -1))
+    return known.logsumexp(dim=1) - unknown.logsumexp(dim=1)
+
+
 def l1(logits: Tensor) -> Tensor:
     """Sum of the logits' distances to the smallest one [B]: the L1 score of pseudo-label probing (TMLR 2024)."""
     return (logits - logits.amin(dim=1, keepdim=True)).sum(dim=1)
@@ -84,5 +106,8 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     "CTW": ctw,
     "ATD": atd,
 }
+
+# The same order as that of the scores, which float32 rounds to 1 where logits are far apart: such images would tie.
+LOG_ODDS: dict[str, Callable[..., Tensor]] = {"MSP": msp_log_odds, "CTW": ctw_log_odds, "ATD": atd_log_odds}
 
 DECISIONS: dict[str, Callable[..., Tensor]] = {"CTW": ctw_says_ood, "ATD": atd_says_ood}

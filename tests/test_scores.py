@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy.special import entr, expit, logsumexp, softmax
 
-from clipn.scores import DECISIONS, SCORES, p_yes
+from clipn.scores import DECISIONS, LOG_ODDS, SCORES, p_yes
 
 
 def plain_scores(yes: np.ndarray, no: np.ndarray, scale: float) -> dict[str, float]:
@@ -91,3 +91,21 @@ def test_huge_logits_stay_finite():
             assert torch.isfinite(values).all(), name
             if name in ("MSP", "MCM", "CTW", "ATD"):
                 assert ((values >= 0) & (values <= 1 + 1e-6)).all(), name
+
+
+@settings(max_examples=50, deadline=None)
+@given(logits(limit=8.0), st.floats(-3, 3))
+def test_log_odds_are_those_of_the_scores(pair, bias):
+    yes, no = (torch.from_numpy(values).double() for values in pair)
+    assume(yes.shape[1] > 1)
+    for name, log_odds in LOG_ODDS.items():
+        score = SCORES[name](yes, no, bias=bias)
+        torch.testing.assert_close(log_odds(yes, no, bias=bias), score.logit(), rtol=1e-4, atol=1e-4)
+
+
+def test_log_odds_order_scores_that_round_to_one():
+    yes = torch.tensor([[30.0, 0.0], [40.0, 0.0], [50.0, 0.0]])
+    no = yes - torch.tensor([[30.0], [25.0], [20.0]])
+    for name, order in (("MSP", [0, 1, 2]), ("CTW", [2, 1, 0]), ("ATD", [2, 1, 0])):
+        assert (SCORES[name](yes, no) == 1).all()
+        assert LOG_ODDS[name](yes, no).argsort().tolist() == order

@@ -31,7 +31,7 @@ from clipn.model.head import Head, build_head
 from clipn.model.weights import find_weights
 from clipn.runtime.console import shortened
 from clipn.runtime.distributed import choose_device
-from clipn.scores import DECISIONS, SCORES
+from clipn.scores import DECISIONS, LOG_ODDS, SCORES
 
 log = logging.getLogger(__name__)
 
@@ -122,19 +122,20 @@ def score_features(
     feature_methods: the methods that are functions of features; the others are SCORES of the logits.
     """
     feature_methods = feature_methods or {}
-    scores, says_ood, top_class = [], [], []
+    scores, log_odds, says_ood, top_class = [], [], [], []
     for block in features.split(_ROWS):
         block = block.to(head.weight_yes.device)
         logits = head(block, scale)
         made = {name: score(block) for name, score in feature_methods.items()}
         scores.append({name: made[name] if name in made else SCORES[name](*logits, scale) for name in methods})
+        log_odds.append({name: LOG_ODDS[name](*logits) for name in methods if name in LOG_ODDS})
         says_ood.append({name: decide(*logits) for name, decide in DECISIONS.items()})
         top_class.append({"predicted": logits[0].argmax(dim=1), "p_yes": SCORES["CTW"](*logits, scale)})
-    scores, says_ood, top_class = (
+    scores, log_odds, says_ood, top_class = (
         {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-        for parts in (scores, says_ood, top_class)
+        for parts in (scores, log_odds, says_ood, top_class)
     )
-    return SetScores(images, scores, says_ood, **top_class)
+    return SetScores(images, scores, says_ood, log_odds=log_odds, **top_class)
 
 
 def _add_training_images(config: Config, inputs: MethodInputs, images: ImageSet, unused: Collection[Path]) -> None:
