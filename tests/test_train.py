@@ -21,7 +21,7 @@ from clipn.model.base import build_base
 from clipn.model.checkpoint import last_checkpoint, read_checkpoint, write_checkpoint
 from clipn.runtime.signals import Interrupted
 from clipn.training.loop import train
-from clipn.training.objectives import OBJECTIVES, ClipnObjective
+from clipn.training.objectives import OBJECTIVES, ClipnObjective, ClipObjective
 from clipn.training.optimizer import build_optimizer, learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +80,24 @@ def test_a_stopped_run_resumes_to_the_same_bits(config_file, straight, monkeypat
     assert_same(weights(train(config)), straight[objective])
     assert steps == [0, 1, 2, 3, 4, 5], "no step is taken twice"
     assert [line["step"] for line in metrics(config.run.dir)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_base_resumes_from_moments_in_another_memory_format(config_file, straight, monkeypatch):
+    """Convolutions learn in channels_last; a checkpoint may hold their moments row by row."""
+    config = load_config(config_file, ["train.objective=clip"])
+    monkeypatch.setattr(ClipObjective, "after_step", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted):
+        train(config)
+    monkeypatch.undo()
+    for path in Path(config.run.dir).glob("checkpoints/*.pt"):
+        content = read_checkpoint(path)
+        moments = content["training"]["optimizer"]["state"].values()
+        assert any(not state["exp_avg"].is_contiguous() for state in moments)
+        for state in moments:
+            state |= {name: value.contiguous() for name, value in state.items()}
+        path.unlink()
+        write_checkpoint(content, path)
+    assert_same(weights(train(config)), straight["clip"])
 
 
 def test_another_run_in_the_folder_is_not_mixed_or_overwritten(config_file, base_clip, finished):

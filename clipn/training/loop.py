@@ -31,7 +31,7 @@ from clipn.runtime.distributed import (
 )
 from clipn.runtime.signals import Interrupted, StopSignals, killed_children
 from clipn.training.objectives import OBJECTIVES, Batch, Objective
-from clipn.training.optimizer import build_optimizer, learning_rate
+from clipn.training.optimizer import build_optimizer, learning_rate, restride
 from clipn.training.run_folder import FORMAT, Checkpoints, find_resume, locked
 from clipn.training.run_log import RunLog
 from clipn.training.validation import Validation
@@ -136,6 +136,7 @@ class Run:
                 "cannot resume; bring them back, or choose another run.dir"
             )
         self.optimizer.load_state_dict(training["optimizer"])
+        restride(self.optimizer)
         self.scaler.load_state_dict(training["scaler"])
         self.step = self.logged_step = training["step"]
         for cause, count in training["skipped"].items() if is_main() else ():

@@ -133,6 +133,7 @@ class ClipObjective:
                 base.visual.preprocess_cfg[key] = tuple(value)
         self.preprocess = base.visual.preprocess_cfg
         self.to_input = pixel_input(self.preprocess, device)
+        base.visual.to(memory_format=torch.channels_last)  # convolutions are faster in it, above all on a CPU
         self.base = sync_batch_norm(base.to(device).train(), device)
         # A logit bias cancels in the softmax, and a caption decoder has no part in this loss.
         base.requires_grad_(False)

@@ -19,6 +19,14 @@ def build_optimizer(trained: nn.Module, train: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=train.lr, betas=tuple(train.betas), eps=train.eps, fused=fused)
 
 
+def restride(optimizer: torch.optim.AdamW) -> None:
+    """Give loaded moments the memory format of their parameters, which the fused AdamW takes for granted."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
+
+
 def learning_rate(step: int, total: int, train: TrainConfig) -> float:
     """Linear warm-up, then half a cosine from train.lr to 0."""
     if step < train.warmup_steps:
