@@ -12,6 +12,7 @@ from clipn.methods.from_images import gl_mcm, local_features, odin
 
 NAMES, TEMPLATES = ["cat", "dog", "a red car"], ["a photo of a {}."]
 DEEP = {"layers": 3, "patch_size": 8}
+TIMM = {"timm_model_name": "test_resnet", "timm_proj": "linear", "image_size": 64, "patch_size": None}
 
 
 def make(vision):
@@ -70,6 +71,23 @@ def test_local_features_of_clips_resnet(images):
     assert patches.shape == (4, 4, 32) and gl_mcm(model, head, images).isfinite().all()
 
 
+def test_local_features_of_a_timm_tower_that_averages(images):
+    """One place of the map at a time through the projection; the image feature is that of their mean."""
+    model, head = make(TIMM | {"timm_pool": "avg"})
+    images, tower, inputs = F.interpolate(images, 64), model.base.visual, []
+    hook = tower.trunk.global_pool.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    with torch.no_grad():
+        expected = model.encode_image(images)
+        hook.remove()
+        features, patches = local_features(model, images)
+        places = inputs[0].flatten(2).transpose(1, 2)  # [4, 2 * 2, width]
+        places = torch.stack([torch.stack([tower.head(x[None])[0] for x in row]) for row in places])
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(patches, F.normalize(places, dim=-1))
+    torch.testing.assert_close(features, F.normalize(places.mean(dim=1), dim=-1))
+    assert patches.shape == (4, 4, 32) and gl_mcm(model, head, images).isfinite().all()
+
+
 @torch.no_grad()
 def test_gl_mcm_agrees_with_a_slow_version(vit, images):
     model, head = vit
@@ -82,10 +100,19 @@ def test_gl_mcm_agrees_with_a_slow_version(vit, images):
     torch.testing.assert_close(scores, gl_mcm(model, head, images, 7.0))
 
 
-@pytest.mark.parametrize("vision", [{"attentional_pool": True, "attn_pooler_heads": 2}, {"qk_norm": True}], ids=str)
-def test_a_base_without_patch_features_is_an_error_for_gl_mcm_alone(vision, images):
+@pytest.mark.parametrize(
+    ("vision", "found"),
+    [
+        ({"attentional_pool": True, "attn_pooler_heads": 2}, "VisionTransformer of other blocks or pooling"),
+        ({"qk_norm": True}, "VisionTransformer of other blocks or pooling"),
+        (TIMM | {"timm_pool": "max"}, "TimmModel"),
+        (TIMM | {"timm_proj": "mlp"}, "TimmModel"),
+    ],
+    ids=str,
+)
+def test_a_base_without_patch_features_is_an_error_for_gl_mcm_alone(vision, found, images):
     model, head = make(vision)
-    with pytest.raises(ValueError, match="GL-MCM and .* need .*VisionTransformer of other blocks or pooling"):
+    with pytest.raises(ValueError, match=f"GL-MCM and .* need .*{found}"):
         gl_mcm(model, head, images)
     assert odin(model, head, images).isfinite().all()
 

@@ -9,7 +9,9 @@ import threading
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
+from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from clipn.model.clipn import CLIPN
@@ -69,18 +71,21 @@ def local_features(model: CLIPN, images: Tensor) -> tuple[Tensor, Tensor]:
 
     A patch feature is the last attention's output for a patch that attends to itself alone: value projection, output
     projection. A ViT adds the rest of its last block (residual and MLP, as the released code of GL-MCM does), the final
-    norm and the projection. In CLIP's ResNet that attention is the pooling, without position embeddings.
+    norm and the projection. In CLIP's ResNet that attention is the pooling, without position embeddings. In a
+    convolutional tower of timm that averages over positions, a patch feature is the projection of one position.
 
-    Raises ValueError for a base with neither.
+    Raises ValueError for any other base.
     """
     tower, inputs = model.base.visual, []
     if isinstance(tower, VisionTransformer) and tower.attn_pool is None and is_standard(tower):
         last, project = tower.transformer.resblocks[-1], _vit_patches
     elif isinstance(tower, ModifiedResNet):
         last, project = tower.attnpool, _resnet_patches
+    elif isinstance(tower, TimmModel) and _averages(tower):
+        last, project = tower.trunk.global_pool, _timm_patches
     else:
         found = f"{type(tower).__name__}{' of other blocks or pooling' * hasattr(tower, 'transformer')}"
-        needed = "a base with patch features, open_clip's standard ViT or CLIP's ResNet"
+        needed = "a base with patch features, open_clip's standard ViT, CLIP's ResNet or timm's"
         raise ValueError(f"GL-MCM and tagood.tagger=clip need {needed}; this base has {found}")
     own = threading.get_ident()  # other threads may use the model at the same time
 
@@ -110,3 +115,17 @@ def _vit_patches(tower: VisionTransformer, hidden: Tensor) -> Tensor:
 def _resnet_patches(tower: ModifiedResNet, hidden: Tensor) -> Tensor:
     """The pooling's input [B, width, h, w] -> [B, h * w, D]."""
     return tower.attnpool.c_proj(tower.attnpool.v_proj(hidden.flatten(2).transpose(1, 2)))
+
+
+def _averages(tower: TimmModel) -> bool:
+    """Whether a timm tower is an average over positions, with a linear projection at most behind it."""
+    trunk, head = tower.trunk, [layer for layer in tower.head if not isinstance(layer, nn.Dropout)]
+    pool = getattr(trunk, "global_pool", None)
+    averages = isinstance(pool, SelectAdaptivePool2d) and pool.pool_type == "avg"
+    linear = all(isinstance(layer, nn.Linear) for layer in head)
+    return averages and linear and isinstance(getattr(trunk, "fc", None), nn.Identity)
+
+
+def _timm_patches(tower: TimmModel, hidden: Tensor) -> Tensor:
+    """The pooling's input [B, width, h, w] -> [B, h * w, D]."""
+    return tower.head(hidden.flatten(2).transpose(1, 2))
