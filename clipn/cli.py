@@ -33,7 +33,7 @@ PET_RDZV_ENDPOINT, ...) join several machines.
 """
 _CONFIG = "a YAML file or the name of a shipped config"
 _MODEL = "a checkpoint, a run folder, a shared folder, a saved detector or hf://user/repo"
-_TEMPLATES = "simple (default), openai, clipn-release, or a text file"
+_TEMPLATES = "simple (default), openai, clipn-release, a text with {}, or a text file"
 _OPTIONS: dict[str, dict[str, Any]] = {  # of several subcommands
     "--classes": {"metavar": "FILE|NAMES", "help": "a file with one name per line, or cat,dog,...; or imagenet"},
     "--model-name": {"metavar": "NAME", "help": "open_clip name, for a checkpoint without one"},
@@ -299,4 +299,5 @@ def _add_classes(commands: Commands) -> None:
     parser.add_argument("--checkpoint", required=True, help="a checkpoint of a training run")
     parser.add_argument("--pairs", required=True, help="held-out shards")
     parser.add_argument("--classes", required=True, metavar="DIR", help="a folder of class folders")
+    parser.add_argument("--templates", default="simple", metavar="SET", help=_TEMPLATES)
     parser.add_argument("--number", type=int, default=20, metavar="N", help="classes to choose (default: 20)")

@@ -110,7 +110,7 @@ def test_templates_by_name_from_a_file_and_from_a_list(tmp_path):
     assert load_templates("openai") == openai_templates() and load_templates("simple") == simple_templates()
     (tmp_path / "mine.txt").write_text("\ufeffa photo of a {}\n\n  a sketch of {}, café  \r\n", encoding="utf-8")
     assert load_templates(str(tmp_path / "mine.txt")) == ["a photo of a {}", "a sketch of {}, café"]
-    assert load_templates(["{}", "a {}"]) == ["{}", "a {}"]
+    assert load_templates(["{}", "a {}"]) == ["{}", "a {}"] and load_templates("a {}") == ["a {}"]
 
 
 def test_templates_that_cannot_be_read_are_named(tmp_path):

@@ -22,7 +22,7 @@ class EvalConfig(Section):
     id: Any = None  # a folder, or {name: folder}, or {name: {path, classes | exclude}}
     ood: Any = None  # the same, one entry or many, or a list of folders
     class_names: Any = "folders"  # imagenet | folders | a .txt or .json file | a list
-    templates: Any = "clipn-release"  # clipn-release | openai | simple | a .txt file | a list
+    templates: Any = "clipn-release"  # clipn-release | openai | simple | a .txt file | a text | a list
     methods: list[str] = field(default_factory=lambda: ["MSP", "MaxLogit", "Energy", "MCM", "CTW", "ATD"])
     scale: float = 100.0
     train: Any = None  # ID training images, as `id`, for kNN, Mahalanobis, PLP-*, TagOOD and others: docs/evaluation.md

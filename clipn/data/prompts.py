@@ -81,14 +81,20 @@ def check_templates(templates: Sequence[str], source: str = "templates") -> list
 
 
 def load_templates(value: Any, source: str = "eval.templates") -> list[str]:
-    """Templates from a set's name, a text file (one per line), or a list. Raises ValueError or FileNotFoundError."""
+    """Templates from a set's name, a text with "{}", a text file (one per line), or a list.
+
+    Raises ValueError or FileNotFoundError.
+    """
     if not isinstance(value, (str, Path)):
         return check_templates(value, source)
     value = str(value)
     if value in TEMPLATE_SETS:
         return TEMPLATE_SETS[value]()
+    if "{}" in value:
+        return [value]
     if not Path(value).is_file():
-        raise FileNotFoundError(f"{source}={value!r}: no such file, nor one of {', '.join(TEMPLATE_SETS)}")
+        expected = f"no such file, no text with {{}}, nor one of {', '.join(TEMPLATE_SETS)}"
+        raise FileNotFoundError(f"{source}={value!r}: {expected}")
     return check_templates(read_lines(Path(value)), value)
 
 
