@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import itertools
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from clipn.config.schema import Config, DataConfig, RunConfig, TrainConfig
 from clipn.data.images import pixel_input
 from clipn.data.pairs import open_pairs, training_loader
 from clipn.model.base import get_tokenizer
+from clipn.runtime.files import write_tar
 
 try:
     import webdataset
@@ -105,13 +105,12 @@ def write_shards(folder: Path) -> int:
     generator = np.random.default_rng(0)
     photos = [photo(generator) for _ in range(PHOTOS)]
     for shard in range(SHARDS):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
-            for number in range(PAIRS_PER_SHARD):
-                caption = f"photo {number} of shard {shard}: a dog on the grass in front of a house".encode()
-                for kind, content in (("jpg", photos[number % PHOTOS]), ("txt", caption)):
-                    member = tarfile.TarInfo(f"{number:09d}.{kind}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+        members = {}
+        for number in range(PAIRS_PER_SHARD):
+            members[f"{number:09d}.jpg"] = photos[number % PHOTOS]
+            caption = f"photo {number} of shard {shard}: a dog on the grass in front of a house"
+            members[f"{number:09d}.txt"] = caption.encode()
+        write_tar(folder / f"{shard:05d}.tar", members.items())
     return sum(map(len, photos)) // PHOTOS
 
 

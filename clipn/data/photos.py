@@ -12,9 +12,7 @@ import os
 import pickle
 import re
 import shutil
-import tarfile
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from clipn.data.downloads import fetch
 from clipn.data.known_sets import KNOWN_SETS
+from clipn.runtime.files import write_tar
 
 PHOTOS = "photos"  # the name for `clipn prepare`, and the folder below its root
 BESIDE = ("../data/photos", "../shared/data/photos")  # folders beside the project that may have the files already
@@ -161,7 +160,7 @@ def _write_pairs(dataset: datasets.CIFAR100, chosen: dict[str, np.ndarray], fold
         for number in range(first, min(first + _PAIRS_PER_SHARD, len(rows))):
             members[f"{number:09d}.jpg"] = _jpeg(dataset.data[rows[number]], quality=90, optimize=True)
             members[f"{number:09d}.txt"] = captions[number].encode()
-        _write_tar(folder / f"pairs-{first // _PAIRS_PER_SHARD:05d}.tar", members.items())
+        write_tar(folder / f"pairs-{first // _PAIRS_PER_SHARD:05d}.tar", members.items())
 
 
 def _write_test(dataset: datasets.CIFAR10, means: np.ndarray, path: Path, **options: int) -> None:
@@ -171,7 +170,7 @@ def _write_test(dataset: datasets.CIFAR10, means: np.ndarray, path: Path, **opti
     rows = find_photos(dataset.data, np.array(dataset.classes)[dataset.targets], means, wanted)
     numbers = np.tile(np.arange(len(means) // len(names)), len(names))
     members = zip(wanted, numbers, rows, strict=True)
-    _write_tar(path, ((f"{path.stem}/{a}/{n:04d}.jpg", _jpeg(dataset.data[row], **options)) for a, n, row in members))
+    write_tar(path, ((f"{path.stem}/{a}/{n:04d}.jpg", _jpeg(dataset.data[row], **options)) for a, n, row in members))
 
 
 def _write_tiny(archive: Path, numbers: np.ndarray, folder: Path) -> None:
@@ -188,7 +187,7 @@ def _write_tiny(archive: Path, numbers: np.ndarray, folder: Path) -> None:
             label = label_of[photo]
             members[f"tiny_imagenet_val/{label}/{counts[label]:04d}.jpg"] = content.read(f"{TINY}/val/images/{photo}")
             counts[label] += 1
-    _write_tar(folder / "tiny_imagenet_val.tar", members.items())
+    write_tar(folder / "tiny_imagenet_val.tar", members.items())
     text = json.dumps({label: names[label] for label in counts}, indent=0)
     (folder / "tiny_imagenet_names.json").write_text(text, encoding="utf-8")
 
@@ -197,15 +196,6 @@ def _jpeg(pixels: np.ndarray, **options: int) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", **options)
     return stream.getvalue()
-
-
-def _write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Write a tar file whose bytes depend on the members' names and content alone."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
 
 
 def _sha256(path: Path) -> str | None:

@@ -1,9 +1,10 @@
 """Files that are absent, old, or new and complete, at any moment."""
 
+import io
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -51,6 +52,15 @@ def extract_tar(archive: tarfile.TarFile, folder: Path) -> None:
         if not inside or not (member.isfile() or member.isdir()):
             raise tarfile.ExtractError(f"{member.name!r} would be unpacked outside of {folder}, or is no plain file")
     archive.extractall(folder)
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write a tar file whose bytes depend on the names and contents of its members alone."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
 
 def _partial(path: Path) -> Path:

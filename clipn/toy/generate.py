@@ -8,8 +8,7 @@ training images do not show. Everything follows from the parameters of `World`.
 import io
 import json
 import math
-import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from numpy.random import Generator
 from PIL import Image
 from tqdm import tqdm
 
-from clipn.runtime.files import atomic_write
+from clipn.runtime.files import atomic_write, write_tar
 from clipn.toy.captions import caption, thing_caption
 from clipn.toy.drawing import draw_scene, draw_texture, draw_things, pick, pixels_to_image
 from clipn.toy.shapes import CLASSES, KNOWN_SCENES, SCENE_CLASSES, SCENES, TEXTURES, THINGS, UNKNOWN_SCENES
@@ -142,13 +141,14 @@ def _write_shard(root: Path, world: World, shard: int) -> int:
     """Write one shard of pairs with img2dataset's member names, and return its number of pairs."""
     indices = range(shard * PAIRS_PER_SHARD, min((shard + 1) * PAIRS_PER_SHARD, world.num_pairs))
     path = root / "pairs" / f"pairs-{shard:05d}.tar"
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+
+    def members() -> Iterator[tuple[str, bytes]]:
         for number, index in enumerate(indices):
             image, text = _pair(world.rng("pairs", index), world)
-            for extension, content in (("jpg", _jpeg(image)), ("txt", text.encode())):
-                member = tarfile.TarInfo(f"{shard:05d}{number:04d}.{extension}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+            yield f"{shard:05d}{number:04d}.jpg", _jpeg(image)
+            yield f"{shard:05d}{number:04d}.txt", text.encode()
+
+    write_tar(path, members())
     return len(indices)
 
 
