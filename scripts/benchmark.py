@@ -370,14 +370,13 @@ def print_row(result: dict[str, Any]) -> None:
         words.append(f"utilisation {100 * result['utilisation']:.0f} %")
     if "workers" in result:
         words.append(f"{result['workers']} workers, {result['bytes_per_photo'] / 1e3:.0f} kB a photo")
-    if "speed_up_over_webdataset" in result:
-        words.append(f"{result['speed_up_over_webdataset']:.2f} x webdataset")
-    if "speed_up_over_plain" in result:
-        words.append(f"{result['speed_up_over_plain']:.1f} x plain")
-    if "speed_up_over_features" in result:
-        words.append(f"{result['speed_up_over_features']:.1f} x features")
-    if "minutes_for_10_epochs_of_cc3m" in result:
-        words.append(f"10 epochs of CC3M: {result['minutes_for_10_epochs_of_cc3m']:.0f} min")
+    texts = {
+        "speed_up_over_webdataset": "{:.2f} x webdataset",
+        "speed_up_over_plain": "{:.1f} x plain",
+        "speed_up_over_features": "{:.1f} x features",
+        "minutes_for_10_epochs_of_cc3m": "10 epochs of CC3M: {:.0f} min",
+    }
+    words += [text.format(result[key]) for key, text in texts.items() if key in result]
     print(", ".join(word for word in words if word))
 
 

@@ -35,14 +35,8 @@ _KEEPING = ["checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoi
 RESUME_MAY_CHANGE = {
     "run": ["dir", "device", "seeds"],
     "model": [],
-    "data": [
-        "shards",
-        "val_shards",
-        "root",
-        "workers",
-        "index_dir",
-        "max_bad_fraction",
-    ],  # the pairs themselves are compared
+    # the pairs themselves are compared
+    "data": ["shards", "val_shards", "root", "workers", "index_dir", "max_bad_fraction"],
     "features": ["dir", "batch_size", "part_size"],
     "train": ["micro_batch_size", "grad_checkpointing", "compile", "resume", "log_every_steps", *_KEEPING],
 }
