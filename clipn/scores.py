@@ -59,7 +59,9 @@ def atd(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0, bias: float
     return (p_yes(logits_yes, logits_no, bias) * logits_yes.softmax(dim=1)).sum(dim=1)
 
 
-def msp_log_odds(logits_yes: Tensor, logits_no: Tensor | None = None, bias: float = 0.0) -> Tensor:
+def msp_log_odds(
+    logits_yes: Tensor, logits_no: Tensor | None = None, scale: float = 100.0, bias: float = 0.0
+) -> Tensor:
     """log(MSP / (1 - MSP)), the largest number for a single class."""
     top = logits_yes.argmax(dim=1, keepdim=True)
     others = logits_yes.scatter(1, top, -torch.inf)
@@ -67,17 +69,21 @@ def msp_log_odds(logits_yes: Tensor, logits_no: Tensor | None = None, bias: floa
     return log_odds.clamp(max=torch.finfo(log_odds.dtype).max)
 
 
-def ctw_log_odds(logits_yes: Tensor, logits_no: Tensor, bias: float = 0.0) -> Tensor:
+def ctw_log_odds(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0, bias: float = 0.0) -> Tensor:
     """log(CTW / (1 - CTW)): -d of the class with the highest logits_yes."""
     top = logits_yes.argmax(dim=1, keepdim=True)
     return (logits_yes - logits_no).gather(1, top).squeeze(1) - bias
 
 
-def atd_log_odds(logits_yes: Tensor, logits_no: Tensor, bias: float = 0.0) -> Tensor:
+def atd_log_odds(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0, bias: float = 0.0) -> Tensor:
     """log(ATD / (1 - ATD))."""
-    log_probability, margin = logits_yes.log_softmax(dim=1), logits_yes - logits_no - bias
-    known, unknown = (log_probability + F.logsigmoid(sign * margin) for sign in (1, -1))
-    return known.logsumexp(dim=1) - unknown.logsumexp(dim=1)
+    return mean_log_odds(logits_yes.log_softmax(dim=1), logits_yes - logits_no - bias)
+
+
+def mean_log_odds(log_weights: Tensor, log_odds: Tensor) -> Tensor:
+    """Log odds [B] of the mean of C probabilities with these log odds [B, C]; the weights [B, C] have the sum 1."""
+    log_mean, log_rest = ((log_weights + F.logsigmoid(sign * log_odds)).logsumexp(dim=1) for sign in (1, -1))
+    return log_mean - log_rest
 
 
 def l1(logits: Tensor) -> Tensor:
@@ -107,7 +113,7 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     "ATD": atd,
 }
 
-# The same order as that of the scores, which float32 rounds to 1 where logits are far apart: such images would tie.
+# Log odds have the order of the scores, which float32 rounds to 1 where logits are far apart: such images would tie.
 LOG_ODDS: dict[str, Callable[..., Tensor]] = {"MSP": msp_log_odds, "CTW": ctw_log_odds, "ATD": atd_log_odds}
 
 DECISIONS: dict[str, Callable[..., Tensor]] = {"CTW": ctw_says_ood, "ATD": atd_says_ood}

@@ -18,10 +18,12 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg
 from PIL import Image
+from scipy.special import expit
 
 from clipn.data.image_sets import ImageSet
 from clipn.data.pairs import Pairs
 from clipn.evaluation.results import SetScores
+from clipn.methods.registry import PROBABILITIES
 
 
 def image_bytes(colour=(200, 30, 30), size=(24, 24), kind: str = "JPEG") -> bytes:
@@ -124,6 +126,11 @@ def set_scores(images: ImageSet, scores: dict[str, np.ndarray], predicted=0, p_y
     """What a model might say of a set: one class and p_yes for all images, or one for each."""
     predicted, p_yes = (np.broadcast_to(values, len(images)) for values in (predicted, p_yes))
     return SetScores(images, scores, {}, predicted, p_yes)
+
+
+def as_scores(compared: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The scores from the values that metrics compare: probabilities from log odds, and the others as they are."""
+    return {name: expit(values) if name in PROBABILITIES else values for name, values in compared.items()}
 
 
 def run_ranks(count: int, function: Callable, *arguments: Any) -> None:

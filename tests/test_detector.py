@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import architecture, write_clipn
-from helpers import image_bytes, messages, png_header
+from helpers import as_scores, image_bytes, messages, png_header
 from PIL import Image
 
 import clipn
+from clipn.config.evaluation import ProbeConfig
 from clipn.data.image_sets import open_image_set
 from clipn.data.prompts import simple_templates
 from clipn.evaluation.evaluate import score_features
@@ -63,7 +64,7 @@ def test_scores_are_those_of_the_evaluation(checkpoint, detector, photos):
     expected = score_features(head, images, features, list(SCORES))
     for method in SCORES:
         results = detector.with_classes(NAMES, method=method).predict(images.paths, batch_size=3)
-        assert scores(results) == close(expected.scores[method].tolist())
+        assert scores(results) == close(as_scores(expected.scores)[method].tolist())
         assert scores(results) == [result.scores[method] for result in results]
         if method in expected.says_ood:
             assert [result.is_ood for result in results] == expected.says_ood[method].tolist()
@@ -219,11 +220,26 @@ def test_calibration_keeps_the_requested_share(detector, photos):
     assert detector.threshold is None
     for keep, ood in ((1.0, 0), (0.95, 0), (0.8, 1), (0.5, 3)):
         threshold = detector.calibrate(iter(photos), keep=keep)
-        assert threshold == detector.threshold == close(ranked[ood])
+        assert threshold == detector.threshold == pytest.approx(ranked[ood], rel=2e-3), "1e-4 of log odds of -11"
         assert sum(result.is_ood for result in detector.predict(photos)) == ood
         assert sum(detector.predict(photo).is_ood for photo in photos) == ood, "also one by one"
     detector.set_classes(["horse", "cow"])
     assert detector.threshold is None, "a threshold belongs to its classes"
+
+
+@pytest.mark.parametrize("method", ["ATD", "CTW", "MSP", "PLP-MSP", "PLP+CTW"])
+def test_calibration_separates_probabilities_that_round_to_one(loaded, photos, tmp_path, method):
+    """Of logits so far apart that float32 rounds most probabilities to 0 or 1."""
+    detector = clipn.Detector(loaded.model, NAMES, method=method, scale=1e5)
+    if method.startswith("PLP"):
+        detector.fit(photos, settings=ProbeConfig(solver="lbfgs", weight_decay=1e-12))
+    detector.calibrate(photos, keep=0.6)
+    results = detector.predict(photos)
+    assert sum(result.is_ood for result in results) == 2, [result.log_odds for result in results]
+    assert len({round(result.score, 6) for result in results}) < 5, "the probabilities alone would tie"
+    detector.save(tmp_path / "saved")
+    again = clipn.Detector.from_pretrained(tmp_path / "saved", device="cpu")
+    assert [r.is_ood for r in again.predict(photos)] == [r.is_ood for r in results]
 
 
 def test_a_method_without_a_decision_requires_calibration(detector, photos):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_clipn
-from helpers import write_images
+from helpers import as_scores, write_images
 from PIL import Image
 from sklearn.metrics import pairwise_distances
 
@@ -95,7 +95,7 @@ def test_scores_and_labels_are_those_of_the_evaluation(folder, images, labels, l
             continue
         of_id = evaluation.set_scores["id"]
         results = detector.with_classes(NAMES, method=method).predict(images["id"], batch_size=5)
-        assert scores(results) == pytest.approx(of_id.scores[method].tolist(), rel=1e-3, abs=1e-5)
+        assert scores(results) == pytest.approx(as_scores(of_id.scores)[method].tolist(), rel=1e-3, abs=1e-5)
         predicted = of_id.predictions.get(method, of_id.predicted)
         assert [result.label for result in results] == [NAMES[number] for number in predicted]
         assert all(result.scores[method] == result.score and "MCM" in result.scores for result in results)
@@ -392,8 +392,8 @@ def test_one_class_and_wrong_batch_sizes_are_errors(loaded, images):
     ("file", "change", "words"),
     [
         ("detector.json", b"{", "detector.json: not the settings"),
-        ("detector.json", b'{"format": 7}', "format 7: this version of clipn reads 1"),
-        ("detector.json", b'{"format": 1}', "detector.json: not the settings of a saved detector: 'class_names'"),
+        ("detector.json", b'{"format": 7}', "format 7: this version of clipn reads 2"),
+        ("detector.json", b'{"format": 2}', "detector.json: not the settings of a saved detector: 'class_names'"),
         ("detector.json", {"threshold": "0.5"}, "detector.json: .*threshold='0.5'"),
         ("detector.json", {"threshold": float("nan")}, "detector.json: .*threshold=nan"),
         ("detector.json", {"threshold": True}, "detector.json: .*threshold=True"),

@@ -109,9 +109,11 @@ def test_the_gallery_shows_the_worst_mistakes_first(tmp_path, scores, no_figures
 def test_a_card_shows_classes_score_and_probabilities(tmp_path, scores, no_figures):
     dogs, flat, cats = (section.text for section in gallery(tmp_path, scores, ["a tabby", NASTY]))
     assert dogs.startswith("dogs (OOD): highest scores\n25.00 % of its 20 images are accepted")
-    assert f"o&<i>predicted: {NASTY}ATD 0.9500pyes 0.190,\npno 0.810" in dogs
-    assert f"\npredicted: {NASTY}ATD 0.9500" in flat, "no class of its own"
-    assert "a tabbyclass correctATD 0.000" in cats and f"a tabbypredicted: {NASTY}ATD 0.0500" in cats
+    assert f"o&<i>predicted: {NASTY}ATD, log odds 0.9500pyes 0.190,\npno 0.810" in dogs
+    assert f"\npredicted: {NASTY}ATD, log odds 0.9500" in flat, "no class of its own"
+    assert (
+        "a tabbyclass correctATD, log odds 0.000" in cats and f"a tabbypredicted: {NASTY}ATD, log odds 0.0500" in cats
+    )
     dogs, _, cats = (section.text for section in gallery(tmp_path, scores, ["under_score", "o&<i>"]))
     assert "o&<i>predicted: o&<i>ATD" in dogs and "class correct" not in dogs, "an OOD image's class is never correct"
     assert "under_scorepredicted: o&<i>" in cats and "tabby" not in cats, "the class names of the evaluation"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 
 import clipn
-from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Words, mine, neglabel, read_words, save_negatives
+from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Words, mine, neglabel_log_odds, read_words, save_negatives
 
 # Lines of WordNet's data files, with the licence's first lines and pointers that hold words' offsets
 DATA_NOUN = """  1 This software and database is being provided to you, the LICENSEE, by
@@ -165,7 +165,7 @@ def test_a_class_is_not_its_own_negative():
     negatives = mined(Words(["Cat", "fire_engine", "piano"], ["violin", "red"]), share=1.0)
     assert sorted(negatives.names) == ["piano", "red"] and negatives.weights.shape == (2, 1, 32)
     one = mined(Words([], ["red"]), ["cat"])
-    assert one.names == ["red"] and neglabel(one.labels, one).shape == (1,)
+    assert one.names == ["red"] and neglabel_log_odds(one.labels, one).shape == (1,)
     with pytest.raises(ValueError, match="0 candidates"):
         mined(Words(["cat"], []))
     with pytest.raises(ValueError, match="0 class names"):
@@ -205,17 +205,19 @@ def test_scores_agree_with_a_plain_loop(groups, size, classes, images, seed):
     negatives, head, features = drawn(groups, size, classes, images, seed)
     for scale in (10.0, 100.0):
         masses = np.array([slow_mass(image, negatives, scale) for image in features])  # [B, G, C]
-        scores = neglabel(features, negatives, scale)
+        scores = neglabel_log_odds(features, negatives, scale).sigmoid()
         np.testing.assert_allclose(scores.numpy(), masses.sum(axis=2).mean(axis=1), rtol=1e-9, atol=1e-12)
         yes, no = head(features, scale)
         expected = (masses * torch.sigmoid(yes - no).numpy()[:, None]).sum(axis=2).mean(axis=1)
-        scores = neglabel(features, negatives, scale, head)
+        scores = neglabel_log_odds(features, negatives, scale, head).sigmoid()
         np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_huge_logits_and_another_number_of_classes():
-    negatives, head, features = drawn(3, 2, 4, 5)
-    for score in (neglabel(features, negatives, 1e5), neglabel(features, negatives, 1e5, head)):
-        assert score.isfinite().all() and (score >= 0).all() and (score <= 1).all()
+    negatives, head, features = drawn(1, 6, 4, 5)
+    for score in (neglabel_log_odds(features, negatives, 1e5), neglabel_log_odds(features, negatives, 1e5, head)):
+        assert score.isfinite().all() and len(score.unique()) == len(score), (
+            "no ties, where the probabilities are 0 and 1"
+        )
     with pytest.raises(ValueError, match="negatives of 4 classes, a head of 3"):
-        neglabel(features, negatives, head=clipn.Head(head.weight_yes[:3], head.weight_no[:3]))
+        neglabel_log_odds(features, negatives, head=clipn.Head(head.weight_yes[:3], head.weight_no[:3]))

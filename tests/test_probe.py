@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_clipn, write_evaluation
-from helpers import messages, write_images
+from helpers import as_scores, messages, write_images
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
@@ -314,7 +314,7 @@ def test_the_accuracy_is_that_of_the_methods_own_classifier(evaluated):
 def test_scores_with_clipn_follow_their_formulas(evaluated, tmp_path):
     evaluation = evaluated("CTW,PLP-MSP,PLP-Energy,PLP+CTW,PLP+ATD,PLP-Energy+CLIPN", "eval.class_names=[a,a,a]")
     for of_set in evaluation.set_scores.values():  # the classes have one text, thus one p_yes
-        made = of_set.scores
+        made = as_scores(of_set.scores)
         np.testing.assert_allclose(made["PLP+CTW"], made["CTW"], rtol=1e-4)
         np.testing.assert_allclose(made["PLP+ATD"], made["CTW"], rtol=1e-4)
         np.testing.assert_allclose(made["PLP-Energy+CLIPN"], made["PLP-Energy"] + np.log(made["CTW"]), rtol=1e-4)

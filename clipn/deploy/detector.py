@@ -29,6 +29,7 @@ from clipn.deploy.state import (
     find_threshold,
     learned,
     make_state,
+    shown_threshold,
     unfitted,
 )
 from clipn.deploy.training_images import encode_training
@@ -138,8 +139,8 @@ class Detector:
 
     @property
     def threshold(self) -> float | None:
-        """Images with a lower score are OOD. None: the method's own decision."""
-        return self._state.threshold
+        """Images with a lower score are OOD; probabilities are compared by their log odds. None: the method decides."""
+        return shown_threshold(self._state)
 
     @property
     def lacks(self) -> str | None:
@@ -255,24 +256,24 @@ class Detector:
         require(0 < keep <= 1, "keep", keep, "a share above 0, up to 1")
         check_choices(on_error, train_filter)
         state, images = self._ready(), [id_images] if is_one_image(id_images) else id_images
-        scores, number_ood = [], 0
+        kept, number_ood = [], 0
         for result in self._results(images, state, batch_size, "return" if on_error == "skip" else "raise"):
             if isinstance(result, Exception):
                 log.warning("left out: %s", result)
             elif train_filter and result.decides(train_filter):
                 number_ood += 1
             else:
-                scores.append(result.score)
-        if number_ood and not scores:
+                kept.append(result)
+        if number_ood and not kept:
             raise ValueError(f"calibrate: train_filter={train_filter} calls each of the {number_ood} images OOD")
-        if not scores:
+        if not kept:
             raise ValueError("calibrate: expected at least one in-distribution image, got none")
-        threshold = find_threshold(state, scores, keep)
+        calibrated = state._replace(threshold=find_threshold(state, kept, keep))
         with self._lock:
             if self._state is not state:
                 raise ValueError("calibrate: classes or threshold were changed meanwhile; calibrate again")
-            self._state = state._replace(threshold=threshold)
-        return threshold
+            self._state = calibrated
+        return shown_threshold(calibrated)
 
     def _ready(self) -> State:
         """The state. Raises ValueError for a method that has not learned what it needs."""

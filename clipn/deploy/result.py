@@ -29,6 +29,7 @@ class Result:
     logits_no: Tensor = field(repr=False)  # [C]
     class_names: Sequence[str] = field(repr=False)
     probe_logits: Tensor | None = field(default=None, repr=False)  # [C] of the method's own classifier, if it has one
+    log_odds: float | None = field(default=None, repr=False)  # of `score` if it is a probability, which rounds to 1
 
     @property
     def logits(self) -> Tensor:
@@ -86,13 +87,15 @@ def make_results(
     says_ood: Sequence[bool | None],
     logits: tuple[Tensor, Tensor, Tensor | None],
     class_names: Sequence[str],
+    log_odds: Tensor | None = None,
 ) -> list[Result]:
-    """The results of B images from scores [B] by method and logits [B, C]: of yes, of no and of the probe."""
+    """The results of B images from scores [B] by method, logits [B, C] of yes, no and probe, and log odds [B]."""
     values = {name: score.tolist() for name, score in scores.items()}
     yes, no, probe = (part if part is None else part.float().cpu() for part in logits)
     results = []
     for n, ood in enumerate(says_ood):
         own_scores = {name: of_images[n] for name, of_images in values.items()}
         parts = yes[n].clone(), no[n].clone(), class_names, probe if probe is None else probe[n].clone()
-        results.append(Result(method, own_scores, ood, *parts))  # a clone does not keep the batch
+        own_log_odds = log_odds if log_odds is None else float(log_odds[n])
+        results.append(Result(method, own_scores, ood, *parts, own_log_odds))  # a clone does not keep the batch
     return results

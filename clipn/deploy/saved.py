@@ -22,7 +22,7 @@ from clipn.runtime.files import atomic_write
 SETTINGS = "detector.json"
 _TRAINING = "training.safetensors"  # features [M, D], tower [M, W], labels [M] and tokens of the training images
 _FOLDERS = {"probe_folder": "probes", "tagood_folder": "tagood"}
-_FORMAT = 1
+_FORMAT = 2  # 1 had the threshold of a probability where 2 has that of its log odds
 _TYPES = {"class_names": list, "templates": list, "method": str, "scale": float, "threshold": (float, type(None))}
 _TYPES |= {"fitted": bool, "image_tower": str, "model": str, "tagger": (str, type(None)), "probe": dict, "tagood": dict}
 

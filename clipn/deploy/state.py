@@ -12,10 +12,10 @@ from torch import Tensor
 from clipn.config.checks import require
 from clipn.config.evaluation import ProbeConfig, TagoodConfig
 from clipn.deploy.result import Result, make_results
-from clipn.methods.registry import METHOD_NAMES, METHODS, MethodInputs
+from clipn.methods.registry import METHOD_NAMES, METHODS, PROBABILITIES, MethodInputs
 from clipn.methods.scoring import Scorer, lacking, make_scorer
 from clipn.model.precision import plain_mode
-from clipn.scores import DECISIONS, SCORES
+from clipn.scores import DECISIONS, LOG_ODDS, SCORES
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ DETECTOR_METHODS = tuple(  # the others need words
     name for name in METHOD_NAMES if name not in METHODS or "words" not in METHODS[name].needs
 )
 _FEW = 20  # fewer images give a rough threshold
-_ROUNDING = 1e-4  # relative difference of a score between batch sizes
+_ROUNDING = 1e-4  # relative difference of a score between batch sizes, and absolute one of log odds near 0
 _LEARNS = "method %s learns from in-distribution images%s: call detector.fit(%s)"
 
 
@@ -35,7 +35,7 @@ class State(NamedTuple):
     inputs: MethodInputs  # classes, head, and what was learned
     scorer: Scorer | None  # of a method that is not in SCORES, if nothing is lacking
     lacks: str | None  # why the method cannot score yet
-    threshold: float | None = None
+    threshold: float | None = None  # of the score, or of its log odds for a method of PROBABILITIES
 
 
 def make_state(method: str, templates: Sequence[str], inputs: MethodInputs) -> State:
@@ -60,33 +60,47 @@ def classify(state: State, pixels: Tensor) -> list[Result]:
         logits = inputs.head(features, inputs.scale)
         scores = {name: score(*logits, inputs.scale) for name, score in SCORES.items()}
         if scorer:
-            scores[state.method], own_logits = scorer(pixels, features, tower)
+            compared, own_logits = scorer(pixels, features, tower)
+            scores[state.method] = compared.sigmoid() if state.method in PROBABILITIES else compared
+        else:
+            compared = (SCORES | LOG_ODDS)[state.method](*logits, inputs.scale)
         if state.threshold is not None:
-            says_ood = (scores[state.method] < state.threshold).tolist()
+            says_ood = (compared < state.threshold).tolist()
         elif state.method in DECISIONS:
             says_ood = DECISIONS[state.method](*logits).tolist()
         else:
             says_ood = [None] * len(pixels)
-    return make_results(state.method, scores, says_ood, (*logits, own_logits), inputs.class_names)
+    log_odds = compared if state.method in PROBABILITIES else None
+    return make_results(state.method, scores, says_ood, (*logits, own_logits), inputs.class_names, log_odds)
 
 
-def find_threshold(state: State, scores: Sequence[float], keep: float) -> float:
-    """The threshold that at least a share `keep` of the scores reaches, but for images that the method always rejects.
+def find_threshold(state: State, results: Sequence[Result], keep: float) -> float:
+    """The threshold that at least a share `keep` of the images reaches, but for those that the method always rejects.
 
     Raises ValueError for scores that are not finite.
     """
+    is_probability = state.method in PROBABILITIES
+    scores = [result.log_odds if is_probability else result.score for result in results]
     if not np.isfinite(scores).all():
         raise ValueError(f"calibrate: {state.method} gives scores that are not finite; fit it again")
     if len(scores) < _FEW:
         log.warning("calibrate: only %d images set the threshold, which is rough", len(scores))
     threshold = float(np.quantile(scores, 1 - keep, method="lower"))
-    threshold -= _ROUNDING * abs(threshold)  # also in batches of another size
+    size = max(1.0, abs(threshold)) if is_probability else abs(threshold)
+    threshold -= _ROUNDING * size  # also in batches of another size
     rejected = state.scorer.rejected if state.scorer else -math.inf
     if threshold > rejected:
         return threshold
     share = 100 * np.mean(np.array(scores) <= rejected)
     log.warning("calibrate: %.1f %% of the images have no tag, and are OOD at any threshold", share)
     return float(np.nextafter(np.float32(rejected), np.float32(math.inf)))  # scores are float32
+
+
+def shown_threshold(state: State) -> float | None:
+    """The threshold as a score: a probability where log odds are compared."""
+    if state.threshold is None or state.method not in PROBABILITIES:
+        return state.threshold
+    return float(torch.tensor(state.threshold, dtype=torch.float64).sigmoid())
 
 
 def learned(state: State, class_names: Sequence[str], templates: Sequence[str]) -> dict[str, Any]:

@@ -119,23 +119,22 @@ def score_features(
 ) -> SetScores:
     """Every score and decision from the [N, D] features of a set, a block of images at a time.
 
-    feature_methods: the methods that are functions of features; the others are SCORES of the logits.
+    feature_methods: the methods that are functions of features; the others are SCORES of the logits, or LOG_ODDS.
     """
-    feature_methods = feature_methods or {}
-    scores, log_odds, says_ood, top_class = [], [], [], []
+    feature_methods, compared = feature_methods or {}, SCORES | LOG_ODDS
+    scores, says_ood, top_class = [], [], []
     for block in features.split(_ROWS):
         block = block.to(head.weight_yes.device)
         logits = head(block, scale)
         made = {name: score(block) for name, score in feature_methods.items()}
-        scores.append({name: made[name] if name in made else SCORES[name](*logits, scale) for name in methods})
-        log_odds.append({name: LOG_ODDS[name](*logits) for name in methods if name in LOG_ODDS})
+        scores.append({name: made[name] if name in made else compared[name](*logits, scale) for name in methods})
         says_ood.append({name: decide(*logits) for name, decide in DECISIONS.items()})
         top_class.append({"predicted": logits[0].argmax(dim=1), "p_yes": SCORES["CTW"](*logits, scale)})
-    scores, log_odds, says_ood, top_class = (
+    scores, says_ood, top_class = (
         {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]}
-        for parts in (scores, log_odds, says_ood, top_class)
+        for parts in (scores, says_ood, top_class)
     )
-    return SetScores(images, scores, says_ood, log_odds=log_odds, **top_class)
+    return SetScores(images, scores, says_ood, **top_class)
 
 
 def _add_training_images(config: Config, inputs: MethodInputs, images: ImageSet, unused: Collection[Path]) -> None:

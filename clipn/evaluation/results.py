@@ -19,18 +19,12 @@ class SetScores:
     """One model's outputs for the N readable images of one image set."""
 
     images: ImageSet
-    scores: dict[str, np.ndarray]  # by method: [N], higher means ID
+    scores: dict[str, np.ndarray]  # by method: [N], higher means ID; log odds for a method of PROBABILITIES
     says_ood: dict[str, np.ndarray]  # by threshold-free decision: [N] bool
     predicted: np.ndarray  # [N] class indices
     p_yes: np.ndarray  # [N], of the predicted class
     predictions: dict[str, np.ndarray] = field(default_factory=dict)  # of methods with a classifier of their own
     places: KeptPlaces | None = None  # of TagOOD's tokens
-    log_odds: dict[str, np.ndarray] = field(default_factory=dict)  # [N], of scores that are probabilities
-
-    @property
-    def ranks(self) -> dict[str, np.ndarray]:
-        """What metrics compare, [N] by method: the scores, or their log odds, which do not tie by rounding."""
-        return {method: self.log_odds.get(method, scores) for method, scores in self.scores.items()}
 
 
 class Evaluation(NamedTuple):
@@ -56,10 +50,10 @@ def result_rows(set_scores: dict[str, SetScores], seed: int) -> list[dict]:
     labels = id_set.images.labels
     rows = []
     for ood_set in ood_sets:
-        for method, id_scores in id_set.ranks.items():
+        for method, id_scores in id_set.scores.items():
             names = {"id_set": id_set.images.name, "ood_set": ood_set.images.name, "method": method}
             try:
-                metrics = ood_metrics(id_scores, ood_set.ranks[method])
+                metrics = ood_metrics(id_scores, ood_set.scores[method])
             except ValueError as error:
                 raise ValueError(f"{method} of {names['id_set']} and {names['ood_set']}: {error}") from error
             predicted = id_set.predictions.get(method, id_set.predicted)

@@ -5,19 +5,21 @@ adjectives before words like "creature", and uses several prompts. Both follow t
 exceptions: a class name is never a negative, and each prompt's feature is normalised before the mean.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipn.data.prompts import fill
 from clipn.model.clipn import CLIPN
 from clipn.model.head import Head, class_weights
 from clipn.runtime.files import atomic_write
-from clipn.scores import p_yes
+from clipn.scores import mean_log_odds
 
 # WordNet's lexicographer files by number; 02 and 29 .. 43 are adverbs and verbs (lexnames(5WN)).
 _NOUN_FILES = (
@@ -141,8 +143,10 @@ def mine(
     return Negatives([names[i] for i in order.tolist()], grouped, labels)
 
 
-def neglabel(image_features: Tensor, negatives: Negatives, scale: float = 100.0, head: Head | None = None) -> Tensor:
-    """[B, D] -> [B]: the softmax mass on the classes, mean over groups of negatives (NegLabel; CSP with its pool).
+def neglabel_log_odds(
+    image_features: Tensor, negatives: Negatives, scale: float = 100.0, head: Head | None = None
+) -> Tensor:
+    """[B, D] -> log odds [B] of the softmax mass on the classes, mean over groups of negatives (NegLabel; CSP).
 
     With a head, the mass of each class is multiplied by its p_yes: CLIPN's ATD with NegLabel's negatives in the
     softmax, an ablation of this project, not published. The head has the negatives' classes in the same order; another
@@ -150,12 +154,20 @@ def neglabel(image_features: Tensor, negatives: Negatives, scale: float = 100.0,
     """
     classes = scale * image_features @ negatives.labels.T
     words = (scale * image_features @ negatives.weights.flatten(0, 1).T).unflatten(1, negatives.weights.shape[:2])
-    mass = torch.sigmoid(classes.logsumexp(dim=1, keepdim=True) - words.logsumexp(dim=2)).mean(dim=1)
+    of_groups = classes.logsumexp(dim=1, keepdim=True) - words.logsumexp(dim=2)
+    mass = mean_log_odds(torch.full_like(of_groups, -math.log(of_groups.shape[1])), of_groups)
     if head is None:
         return mass
     if len(head.weight_yes) != len(negatives.labels):
         raise ValueError(f"negatives of {len(negatives.labels)} classes, a head of {len(head.weight_yes)}")
-    return (p_yes(*head(image_features, scale)) * classes.softmax(dim=1)).sum(dim=1) * mass
+    yes, no = head(image_features, scale)
+    return _log_odds_of_both(mean_log_odds(classes.log_softmax(dim=1), yes - no), mass)
+
+
+def _log_odds_of_both(first: Tensor, second: Tensor) -> Tensor:
+    """Log odds of the product of two probabilities, from theirs: p q / (1 - p + p (1 - q))."""
+    log_first = F.logsigmoid(first)
+    return log_first + F.logsigmoid(second) - torch.logaddexp(F.logsigmoid(-first), log_first + F.logsigmoid(-second))
 
 
 def save_negatives(negatives: Negatives, path: str | Path) -> None:

@@ -9,27 +9,25 @@ from torch import Tensor
 from clipn.features.columns import Rows
 from clipn.methods.neighbours import nearest
 from clipn.methods.probe import Probe
-from clipn.scores import energy, p_yes
+from clipn.scores import energy, mean_log_odds
 
 _ROWS = 8192  # training images in a block of a sum
 _SINGULAR = 1e-11  # a covariance with a smaller ratio of its variances is singular up to the rounding of the logits
 
 
-def probe_ctw(logits: Tensor, logits_yes: Tensor, logits_no: Tensor) -> Tensor:
-    """CLIPN's p_yes [B] of the class that the probe predicts: CTW with the probe's classifier."""
-    top = logits.argmax(dim=1, keepdim=True)
-    return p_yes(logits_yes.gather(1, top), logits_no.gather(1, top)).squeeze(1)
+def probe_ctw_log_odds(logits: Tensor, logits_yes: Tensor, logits_no: Tensor) -> Tensor:
+    """Log odds [B] of CLIPN's p_yes of the class that the probe predicts: CTW with the probe's classifier."""
+    return (logits_yes - logits_no).gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
-def probe_atd(logits: Tensor, logits_yes: Tensor, logits_no: Tensor) -> Tensor:
-    """CLIPN's p_yes, averaged with the probe's class probabilities [B]: ATD with the probe's classifier."""
-    return (logits.softmax(dim=1) * p_yes(logits_yes, logits_no)).sum(dim=1)
+def probe_atd_log_odds(logits: Tensor, logits_yes: Tensor, logits_no: Tensor) -> Tensor:
+    """Log odds [B] of CLIPN's p_yes, averaged with the probe's class probabilities: ATD with the probe's classifier."""
+    return mean_log_odds(logits.log_softmax(dim=1), logits_yes - logits_no)
 
 
 def probe_energy_clipn(logits: Tensor, logits_yes: Tensor, logits_no: Tensor) -> Tensor:
     """The probe's energy plus the log of CLIPN's p_yes of the class that the probe predicts [B]."""
-    top = logits.argmax(dim=1, keepdim=True)
-    return energy(logits) + F.logsigmoid((logits_yes - logits_no).gather(1, top)).squeeze(1)
+    return energy(logits) + F.logsigmoid(probe_ctw_log_odds(logits, logits_yes, logits_no))
 
 
 def logit_distances(

@@ -1,6 +1,7 @@
 """Every method by name. Scores of logits are in clipn.scores.SCORES; METHODS says how the others are made.
 
-To add a method: put a function of logits into SCORES, anything else into METHODS.
+To add a method: put a function of logits into SCORES, anything else into METHODS. A score that is a probability is
+compared by its log odds, since float32 rounds it to 1: LOG_ODDS and Method.log_odds hold these.
 """
 
 import logging
@@ -17,9 +18,15 @@ from clipn.config.evaluation import EvalConfig, ProbeConfig, TagoodConfig
 from clipn.features.columns import Rows
 from clipn.methods.from_features import Score, fit_knn, fit_mahalanobis, fit_react, fit_residual, fit_vim
 from clipn.methods.from_images import gl_mcm, odin
-from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Pool, mine, neglabel, read_words, save_negatives
+from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Pool, mine, neglabel_log_odds, read_words, save_negatives
 from clipn.methods.probe import PROMPTS, Probe, fit_probe, pseudo_labels, stored_probe
-from clipn.methods.probe_scores import logit_distances, nearest_cosine, probe_atd, probe_ctw, probe_energy_clipn
+from clipn.methods.probe_scores import (
+    logit_distances,
+    nearest_cosine,
+    probe_atd_log_odds,
+    probe_ctw_log_odds,
+    probe_energy_clipn,
+)
 from clipn.methods.taggers import Tagger, make_tagger
 from clipn.methods.tagood_fit import stored_tagood
 from clipn.methods.tokens import ROWS, TagScore, TrainingTokens, fit_row
@@ -28,7 +35,7 @@ from clipn.model.clipn import CLIPN
 from clipn.model.head import Head, class_weights
 from clipn.runtime.console import shortened
 from clipn.runtime.distributed import is_main
-from clipn.scores import DECISIONS, SCORES, energy, l1, max_logit, mcm, msp
+from clipn.scores import DECISIONS, LOG_ODDS, SCORES, energy, l1, max_logit, mcm, msp_log_odds
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +108,7 @@ class Method(NamedTuple):
     make: Callable[[MethodInputs], Callable[..., Tensor]]
     needs: tuple[str, ...] = ()  # of "train", "tower", "tokens", "labels", "words"; "probe": as many images as classes
     takes: str = "features"
+    log_odds: bool = False  # the score is a probability, and its log odds are what is made
 
 
 def _against_words(inputs: MethodInputs, pool: Pool, head: Head | None = None) -> Score:
@@ -112,7 +120,7 @@ def _against_words(inputs: MethodInputs, pool: Pool, head: Head | None = None) -
         return negatives
 
     negatives = inputs.once(f"negatives {pool.name}", mine_words)
-    return partial(neglabel, negatives=negatives, scale=inputs.scale, head=head)
+    return partial(neglabel_log_odds, negatives=negatives, scale=inputs.scale, head=head)
 
 
 class _Fitted(NamedTuple):
@@ -193,8 +201,11 @@ def _with_clipn(score: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[
 
 
 def _probe_methods(kind: str, needs: tuple[str, ...]) -> dict[str, Method]:
-    scores = {"MSP": msp, "Energy": energy, "MaxLogit": max_logit, "L1": l1}
-    methods = {f"{kind}-{name}": Method(_of_logits(score), needs, kind) for name, score in scores.items()}
+    scores = {"MSP": msp_log_odds, "Energy": energy, "MaxLogit": max_logit, "L1": l1}
+    methods = {
+        f"{kind}-{name}": Method(_of_logits(score), needs, kind, log_odds=name in LOG_ODDS)
+        for name, score in scores.items()
+    }
     distances = {"Mahalanobis": False, "RMD": True}
     return methods | {
         f"{kind}-{name}": Method(partial(_distances, kind, relative), needs, kind)
@@ -225,10 +236,10 @@ _TOWER = ("train", "tower")
 _PLP, _LP = (*_TOWER, "probe"), (*_TOWER, "probe", "labels")
 
 METHODS: dict[str, Method] = {
-    "NegLabel": Method(lambda x: _against_words(x, NEGLABEL), ("words",)),
-    "CSP": Method(lambda x: _against_words(x, CSP), ("words",)),
-    "NegLabel+CLIPN": Method(lambda x: _against_words(x, NEGLABEL, x.head), ("words",)),
-    "CSP+CLIPN": Method(lambda x: _against_words(x, CSP, x.head), ("words",)),
+    "NegLabel": Method(lambda x: _against_words(x, NEGLABEL), ("words",), log_odds=True),
+    "CSP": Method(lambda x: _against_words(x, CSP), ("words",), log_odds=True),
+    "NegLabel+CLIPN": Method(lambda x: _against_words(x, NEGLABEL, x.head), ("words",), log_odds=True),
+    "CSP+CLIPN": Method(lambda x: _against_words(x, CSP, x.head), ("words",), log_odds=True),
     "kNN": Method(lambda x: fit_knn(x.train), ("train",)),
     "Mahalanobis": Method(partial(_mahalanobis, False), ("train", "labels")),
     "RMD": Method(partial(_mahalanobis, True), ("train", "labels")),
@@ -241,14 +252,15 @@ METHODS: dict[str, Method] = {
     "1NN": Method(lambda x: _of_logits(nearest_cosine(x.train_tower))(x), _TOWER, "tower"),
     **_probe_methods("PLP", _PLP),
     **_probe_methods("LP", _LP),
-    "PLP+CTW": Method(_with_clipn(probe_ctw), _PLP, "PLP"),
-    "PLP+ATD": Method(_with_clipn(probe_atd), _PLP, "PLP"),
+    "PLP+CTW": Method(_with_clipn(probe_ctw_log_odds), _PLP, "PLP", log_odds=True),
+    "PLP+ATD": Method(_with_clipn(probe_atd_log_odds), _PLP, "PLP", log_odds=True),
     "PLP-Energy+CLIPN": Method(_with_clipn(probe_energy_clipn), _PLP, "PLP"),
     "TagOOD-tag": Method(lambda x: TagScore(x.tagood), takes="tags"),
     **_tag_methods("TagOOD", ("train", "tokens", "labels")),
     **_tag_methods("TagOOD-PL", ("train", "tokens")),
 }
 METHOD_NAMES = (*SCORES, *METHODS)
+PROBABILITIES = (*LOG_ODDS, *(name for name, method in METHODS.items() if method.log_odds))
 _SETTINGS = {
     "train": "in-distribution training images: name them in eval.train",
     "words": "candidate words: name a list or a WordNet folder in eval.words",

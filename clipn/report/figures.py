@@ -20,6 +20,7 @@ from clipn.data.image_sets import ImageSet
 from clipn.data.images import open_image, val_transform
 from clipn.evaluation.adversarial import AdversarialSet
 from clipn.evaluation.results import SetScores
+from clipn.methods.registry import PROBABILITIES
 from clipn.report.tables import METRICS, run_number
 
 Scores = dict[str, dict[str, np.ndarray]]  # by set and method, the ID set first
@@ -34,7 +35,7 @@ _THIN = {"color": "grey", "linewidth": 0.8, "linestyle": ":"}
 
 
 def draw_histograms(scores: Scores) -> Figure:
-    """One panel per method: the scores of the ID set (filled) and of each OOD set (lines)."""
+    """One panel per method: the scores (log odds of probabilities) of the ID set (filled) and each OOD set (lines)."""
     id_set, *ood_sets = scores
     figure, panels = _panels(list(scores[id_set]), 4.2, 3.0)
     for method, axis in panels:
@@ -48,6 +49,8 @@ def draw_histograms(scores: Scores) -> Figure:
             values = scores[name][method]
             axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), **style)
         axis.locator_params(axis="x", nbins=5)
+        if method in PROBABILITIES:
+            axis.set_title(f"{method}, log odds")
     figure.supxlabel("score (higher: in-distribution)", fontsize="medium")
     figure.supylabel("share of images", fontsize="medium")
     _add_legend(figure)
@@ -219,8 +222,9 @@ def _add_legend(figure: Figure) -> None:
 
 def _bins(values: np.ndarray, count: int = 40) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
-    if high - low < 1e-5 * max(abs(low), abs(high), 1e-5):  # nearly equal, as saturated scores are
-        low, high = low - 0.5, high + 0.5
+    if high - low < 1e-5 * max(abs(low), abs(high), 1e-5):  # nearly equal, as MSP's of a single class are
+        half = 0.5 + 1e-3 * abs(low)
+        low, high = low - half, high + half
     return np.linspace(low, high, count + 1)
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from clipn.data.image_sets import ImageSet
 from clipn.evaluation.adversarial import VERSIONS, AdversarialSet
 from clipn.evaluation.results import Evaluation, SetScores
+from clipn.methods.registry import PROBABILITIES
 from clipn.metrics import bootstrap_interval
 from clipn.report import tables
 from clipn.report.figures import (
@@ -71,11 +72,10 @@ def write_report(folder: Path, evaluation: Evaluation, bootstrap: int = 0) -> No
     _write(folder / "results.md", blocks=blocks)
     (folder / "results.tex").write_text(_latex(results, published), encoding="utf-8")
     scores = {name: of_set.scores for name, of_set in set_scores.items()}
-    ranks = {name: of_set.ranks for name, of_set in set_scores.items()}
     figures = {
         "bars": ("The main table as bars", draw_bars(results)),
         "histograms": ("Scores of the ID set (filled) and of each OOD set (lines)", draw_histograms(scores)),
-        "roc": ("ROC curves, ID as the positive class", draw_roc(ranks)),
+        "roc": ("ROC curves, ID as the positive class", draw_roc(scores)),
         "samples": ("Samples of the image sets", draw_samples(image_sets)),
     }
     (folder / "figures/tokens.png").unlink(missing_ok=True)
@@ -93,6 +93,7 @@ def write_report(folder: Path, evaluation: Evaluation, bootstrap: int = 0) -> No
         several_checkpoints=several_checkpoints,
         figures=[(caption, figure_uri(folder / f"figures/{name}.png")) for name, (caption, _) in figures.items()],
         method=method,
+        log_odds=", log odds" if method in PROBABILITIES else "",
         fpr95=results[results["method"] == method].groupby("ood_set")["FPR95"].first().to_dict(),
         set_scores=[*ood_sets, id_set],
         class_names=evaluation.class_names,
@@ -140,9 +141,9 @@ def bootstrap_intervals(set_scores: dict[str, SetScores], draws: int, seed: int 
     id_set, *ood_sets = set_scores.values()
     rows = [
         (id_set.images.name, ood.images.name, method, metric)
-        + bootstrap_interval(id_scores, ood.ranks[method], metric, draws, seed)
+        + bootstrap_interval(id_scores, ood.scores[method], metric, draws, seed)
         for ood in ood_sets
-        for method, id_scores in id_set.ranks.items()
+        for method, id_scores in id_set.scores.items()
         for metric in tables.METRICS
     ]
     return pd.DataFrame(rows, columns=["id_set", "ood_set", "method", "metric", "low", "high"])
