@@ -275,6 +275,17 @@ def test_the_callers_own_modes_do_not_change_a_fit(loaded, images, labels, metho
         assert scores(detector.predict(images["ood"])) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_detector_that_is_made_in_inference_mode_learns_with_gradients(folder, images):
+    settings = TagoodConfig(**TAGOOD, attention="gradient")
+    with torch.inference_mode():
+        made = clipn.Detector.from_pretrained(folder / "clipn.pt", NAMES, method="TagOOD-PL", device="cpu")
+        made.fit(images["train"], settings=settings)
+        results = made.predict(images["ood"])
+    other = clipn.Detector.from_pretrained(folder / "clipn.pt", NAMES, method="TagOOD-PL", device="cpu")
+    other.fit(images["train"], settings=settings)
+    assert scores(results) == pytest.approx(scores(other.predict(images["ood"])), abs=1e-5)
+
+
 def test_scores_that_are_not_finite_set_no_threshold(with_tokens, images, monkeypatch):
     detector = with_tokens.with_classes(NAMES)
     monkeypatch.setattr(type(detector._state.scorer), "__call__", lambda *_: (torch.full((1,), float("nan")), None))

@@ -101,7 +101,9 @@ class Detector:
         settings["class_names"] = check_class_names(settings["class_names"])  # before the weights are loaded
         check_method(settings["method"], settings["scale"])
         settings["templates"] = load_templates(settings["templates"], "templates")
-        model = open_model(checkpoint, model_name, base, choose_device(str(device)))
+        device = choose_device(str(device))
+        with plain_mode(device):
+            model = open_model(checkpoint, model_name, base, device)
         detector = cls(model, **{name: settings[name] for name in given})
         if saved:
             training = read_training(checkpoint, saved, model)
