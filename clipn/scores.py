@@ -64,9 +64,8 @@ def msp_log_odds(
 ) -> Tensor:
     """log(MSP / (1 - MSP)), the largest number for a single class."""
     top = logits_yes.argmax(dim=1, keepdim=True)
-    others = logits_yes.scatter(1, top, -torch.inf)
-    log_odds = logits_yes.gather(1, top).squeeze(1) - others.logsumexp(dim=1)
-    return log_odds.clamp(max=torch.finfo(log_odds.dtype).max)
+    others = logits_yes.scatter(1, top, -torch.inf) - logits_yes.gather(1, top)
+    return -others.logsumexp(dim=1).clamp(min=torch.finfo(others.dtype).min)
 
 
 def ctw_log_odds(logits_yes: Tensor, logits_no: Tensor, scale: float = 100.0, bias: float = 0.0) -> Tensor:
@@ -115,5 +114,6 @@ SCORES: dict[str, Callable[..., Tensor]] = {
 
 # Log odds have the order of the scores, which float32 rounds to 1 where logits are far apart: such images would tie.
 LOG_ODDS: dict[str, Callable[..., Tensor]] = {"MSP": msp_log_odds, "CTW": ctw_log_odds, "ATD": atd_log_odds}
+COMPARED = SCORES | LOG_ODDS  # what metrics and thresholds compare
 
 DECISIONS: dict[str, Callable[..., Tensor]] = {"CTW": ctw_says_ood, "ATD": atd_says_ood}

@@ -23,7 +23,7 @@ from scipy.special import expit
 from clipn.data.image_sets import ImageSet
 from clipn.data.pairs import Pairs
 from clipn.evaluation.results import SetScores
-from clipn.methods.registry import PROBABILITIES
+from clipn.methods.registry import BY_LOG_ODDS
 
 
 def image_bytes(colour=(200, 30, 30), size=(24, 24), kind: str = "JPEG") -> bytes:
@@ -130,7 +130,7 @@ def set_scores(images: ImageSet, scores: dict[str, np.ndarray], predicted=0, p_y
 
 def as_scores(compared: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The scores from the values that metrics compare: probabilities from log odds, and the others as they are."""
-    return {name: expit(values) if name in PROBABILITIES else values for name, values in compared.items()}
+    return {name: expit(values) if name in BY_LOG_ODDS else values for name, values in compared.items()}
 
 
 def run_ranks(count: int, function: Callable, *arguments: Any) -> None:

@@ -48,6 +48,13 @@ def test_the_matplotlib_backend_stays_as_it_was(scores, tmp_path):
     assert Image.open(tmp_path / "histograms.png").size == (1008, 360), "8.4 x 3 inches at 120 dots per inch"
 
 
+def test_histograms_of_probabilities_are_of_log_odds():
+    sets = {
+        name: {"ATD": np.array([value, 2.0]), "MSP": np.full(2, 3.4e38)} for name, value in (("id", 9), ("ood", -9))
+    }
+    assert [axis.get_title() for axis in draw_histograms(sets).axes] == ["ATD, log odds", "MSP, log odds"]
+
+
 def test_histograms_show_shares_of_each_set(scores):
     figure = draw_histograms(scores)
     assert [axis.get_title() for axis in figure.axes] == ["A", "B"]

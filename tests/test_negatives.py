@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import read, spell
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import softmax
+from scipy.special import expit, softmax
 
 import clipn
 from clipn.methods.negatives import CSP, NEGLABEL, Negatives, Words, mine, neglabel_log_odds, read_words, save_negatives
@@ -191,12 +191,9 @@ def drawn(groups, size, classes, images, seed=0, width=8):
     return negatives, clipn.Head(unit(classes), unit(classes)), unit(images)
 
 
-def slow_mass(image, negatives, scale):
-    """[G][C]: the softmax of each class beside each group."""
-    return [
-        softmax(scale * torch.cat([negatives.labels, group]) @ image)[: len(negatives.labels)]
-        for group in negatives.weights
-    ]
+def slow_masses(image, negatives, scale):
+    """[G][C + size]: the softmax of the classes and the words of each group."""
+    return [softmax(scale * torch.cat([negatives.labels, group]) @ image) for group in negatives.weights]
 
 
 @settings(deadline=None, max_examples=25)
@@ -204,20 +201,22 @@ def slow_mass(image, negatives, scale):
 def test_scores_agree_with_a_plain_loop(groups, size, classes, images, seed):
     negatives, head, features = drawn(groups, size, classes, images, seed)
     for scale in (10.0, 100.0):
-        masses = np.array([slow_mass(image, negatives, scale) for image in features])  # [B, G, C]
-        scores = neglabel_log_odds(features, negatives, scale).sigmoid()
-        np.testing.assert_allclose(scores.numpy(), masses.sum(axis=2).mean(axis=1), rtol=1e-9, atol=1e-12)
+        masses = np.array([slow_masses(image, negatives, scale) for image in features])
+        known, words = masses[:, :, :classes], masses[:, :, classes:].sum(axis=(1, 2))  # [B, G, C] and [B]
+        scores = neglabel_log_odds(features, negatives, scale)
+        np.testing.assert_allclose(scores.numpy(), np.log(known.sum(axis=(1, 2))) - np.log(words), atol=1e-8)
         yes, no = head(features, scale)
-        expected = (masses * torch.sigmoid(yes - no).numpy()[:, None]).sum(axis=2).mean(axis=1)
-        scores = neglabel_log_odds(features, negatives, scale, head).sigmoid()
-        np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-9, atol=1e-12)
+        shown, absent = ((known * expit(sign * (yes - no).numpy())[:, None]).sum(axis=(1, 2)) for sign in (1, -1))
+        scores = neglabel_log_odds(features, negatives, scale, head)
+        np.testing.assert_allclose(scores.numpy(), np.log(shown) - np.log(words + absent), atol=1e-8)
 
 
 def test_huge_logits_and_another_number_of_classes():
     negatives, head, features = drawn(1, 6, 4, 5)
     for score in (neglabel_log_odds(features, negatives, 1e5), neglabel_log_odds(features, negatives, 1e5, head)):
-        assert score.isfinite().all() and len(score.unique()) == len(score), (
-            "no ties, where the probabilities are 0 and 1"
-        )
+        assert len(score.unique()) == len(score), "no ties, though the probabilities are 0 and 1"
+    negatives, head, features = drawn(3, 2, 4, 5)
+    for score in (neglabel_log_odds(features, negatives, 1e5), neglabel_log_odds(features, negatives, 1e5, head)):
+        assert score.isfinite().all()
     with pytest.raises(ValueError, match="negatives of 4 classes, a head of 3"):
         neglabel_log_odds(features, negatives, head=clipn.Head(head.weight_yes[:3], head.weight_no[:3]))

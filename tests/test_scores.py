@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -101,6 +102,14 @@ def test_log_odds_are_those_of_the_scores(pair, bias):
     for name, log_odds in LOG_ODDS.items():
         score = SCORES[name](yes, no, bias=bias)
         torch.testing.assert_close(log_odds(yes, no, bias=bias), score.logit(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_odds_of_equal_huge_logits_and_of_one_class(dtype):
+    equal = torch.full((1, 3), 1e4, dtype=dtype)
+    assert LOG_ODDS["MSP"](equal).item() == pytest.approx(-math.log(2), rel=1e-2)
+    assert LOG_ODDS["MSP"](equal[:, :1]).item() == torch.finfo(dtype).max, "MSP is 1"
+    assert LOG_ODDS["ATD"](equal, -equal).item() == pytest.approx(2e4, rel=1e-2)
 
 
 def test_log_odds_order_scores_that_round_to_one():

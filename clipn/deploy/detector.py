@@ -104,23 +104,10 @@ class Detector:
         device = choose_device(str(device))
         with plain_mode(device):
             model = open_model(checkpoint, model_name, base, device)
-        detector = cls(model, **{name: settings[name] for name in given})
-        if saved:
-            training = read_training(checkpoint, saved, model)
-            same = {name: settings[name] == saved[name] for name in given}
-            if not same["class_names"]:
-                training |= {"labels": None}  # they number the saved classes
-            if not (same["class_names"] and same["templates"] and same["scale"]):
-                training |= {"tokens": None}  # they show the saved classes
-            state = detector._new_state(settings["method"], detector.class_names, detector.templates, training)
-            check_tokens(checkpoint, saved, state.inputs)
-            if saved["threshold"] is not None:
-                if all(same.values()) and is_same_model(saved, model):
-                    state = state._replace(threshold=saved["threshold"])
-                else:
-                    reason = "weights or settings are not those that it was set with"
-                    log.warning("%s: the saved threshold is dropped: %s", checkpoint, reason)
-            detector._state = state
+            detector = cls(model, **{name: settings[name] for name in given})
+            if saved:
+                same = {name: settings[name] == saved[name] for name in given}
+                detector._state = detector._restored(checkpoint, saved, same)
         return detector
 
     @property
@@ -294,6 +281,23 @@ class Detector:
                 if isinstance(item, Exception) and on_error == "raise":
                     raise item
                 yield item if isinstance(item, Exception) else next(results)
+
+    def _restored(self, folder: str | Path, saved: dict[str, Any], same: dict[str, bool]) -> State:
+        """The state with what was saved in a folder; same: which settings are those that were saved."""
+        training = read_training(folder, saved, self.model)
+        if not same["class_names"]:
+            training |= {"labels": None}  # they number the saved classes
+        if not (same["class_names"] and same["templates"] and same["scale"]):
+            training |= {"tokens": None}  # they show the saved classes
+        state = self._new_state(self.method, self.class_names, self.templates, training)
+        check_tokens(folder, saved, state.inputs)
+        if saved["threshold"] is None:
+            return state
+        if all(same.values()) and is_same_model(saved, self.model):
+            return state._replace(threshold=saved["threshold"])
+        reason = "weights or settings are not those that it was set with"
+        log.warning("%s: the saved threshold is dropped: %s", folder, reason)
+        return state
 
     def _new_state(
         self, method: str, class_names: Sequence[str], templates: str | Sequence[str] | None, training: dict[str, Any]

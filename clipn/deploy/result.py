@@ -29,7 +29,7 @@ class Result:
     logits_no: Tensor = field(repr=False)  # [C]
     class_names: Sequence[str] = field(repr=False)
     probe_logits: Tensor | None = field(default=None, repr=False)  # [C] of the method's own classifier, if it has one
-    log_odds: float | None = field(default=None, repr=False)  # of `score` if it is a probability, which rounds to 1
+    log_odds: float | None = field(default=None, repr=False)  # of `score`, for a method of BY_LOG_ODDS
 
     @property
     def logits(self) -> Tensor:
@@ -92,10 +92,10 @@ def make_results(
     """The results of B images from scores [B] by method, logits [B, C] of yes, no and probe, and log odds [B]."""
     values = {name: score.tolist() for name, score in scores.items()}
     yes, no, probe = (part if part is None else part.float().cpu() for part in logits)
+    own_log_odds = [None] * len(says_ood) if log_odds is None else log_odds.tolist()
     results = []
     for n, ood in enumerate(says_ood):
         own_scores = {name: of_images[n] for name, of_images in values.items()}
         parts = yes[n].clone(), no[n].clone(), class_names, probe if probe is None else probe[n].clone()
-        own_log_odds = log_odds if log_odds is None else float(log_odds[n])
-        results.append(Result(method, own_scores, ood, *parts, own_log_odds))  # a clone does not keep the batch
+        results.append(Result(method, own_scores, ood, *parts, own_log_odds[n]))  # a clone does not keep the batch
     return results

@@ -93,7 +93,7 @@ def read_settings(folder: str | Path) -> dict[str, Any] | None:
                 raise ValueError(f"{name}={value!r}")
         settings["probe"], settings["tagood"] = ProbeConfig(**settings["probe"]), TagoodConfig(**settings["tagood"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not the settings of a saved detector: {error}; save it again") from error
+        raise ValueError(f"{file}: not the settings of a saved detector: {error}; make and save it again") from error
     return settings
 
 

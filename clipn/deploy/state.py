@@ -12,10 +12,10 @@ from torch import Tensor
 from clipn.config.checks import require
 from clipn.config.evaluation import ProbeConfig, TagoodConfig
 from clipn.deploy.result import Result, make_results
-from clipn.methods.registry import METHOD_NAMES, METHODS, PROBABILITIES, MethodInputs
+from clipn.methods.registry import BY_LOG_ODDS, METHOD_NAMES, METHODS, MethodInputs
 from clipn.methods.scoring import Scorer, lacking, make_scorer
 from clipn.model.precision import plain_mode
-from clipn.scores import DECISIONS, LOG_ODDS, SCORES
+from clipn.scores import COMPARED, DECISIONS, SCORES
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ DETECTOR_METHODS = tuple(  # the others need words
     name for name in METHOD_NAMES if name not in METHODS or "words" not in METHODS[name].needs
 )
 _FEW = 20  # fewer images give a rough threshold
-_ROUNDING = 1e-4  # relative difference of a score between batch sizes, and absolute one of log odds near 0
+_ROUNDING = 1e-4  # difference of a score between batch sizes, relative to its size or spread
 _LEARNS = "method %s learns from in-distribution images%s: call detector.fit(%s)"
 
 
@@ -35,7 +35,7 @@ class State(NamedTuple):
     inputs: MethodInputs  # classes, head, and what was learned
     scorer: Scorer | None  # of a method that is not in SCORES, if nothing is lacking
     lacks: str | None  # why the method cannot score yet
-    threshold: float | None = None  # of the score, or of its log odds for a method of PROBABILITIES
+    threshold: float | None = None  # of the score, or of its log odds for a method of BY_LOG_ODDS
 
 
 def make_state(method: str, templates: Sequence[str], inputs: MethodInputs) -> State:
@@ -61,16 +61,16 @@ def classify(state: State, pixels: Tensor) -> list[Result]:
         scores = {name: score(*logits, inputs.scale) for name, score in SCORES.items()}
         if scorer:
             compared, own_logits = scorer(pixels, features, tower)
-            scores[state.method] = compared.sigmoid() if state.method in PROBABILITIES else compared
+            scores[state.method] = compared.sigmoid() if state.method in BY_LOG_ODDS else compared
         else:
-            compared = (SCORES | LOG_ODDS)[state.method](*logits, inputs.scale)
+            compared = COMPARED[state.method](*logits, inputs.scale)
         if state.threshold is not None:
             says_ood = (compared < state.threshold).tolist()
         elif state.method in DECISIONS:
             says_ood = DECISIONS[state.method](*logits).tolist()
         else:
             says_ood = [None] * len(pixels)
-    log_odds = compared if state.method in PROBABILITIES else None
+    log_odds = compared if state.method in BY_LOG_ODDS else None
     return make_results(state.method, scores, says_ood, (*logits, own_logits), inputs.class_names, log_odds)
 
 
@@ -79,15 +79,13 @@ def find_threshold(state: State, results: Sequence[Result], keep: float) -> floa
 
     Raises ValueError for scores that are not finite.
     """
-    is_probability = state.method in PROBABILITIES
-    scores = [result.log_odds if is_probability else result.score for result in results]
+    scores = [result.score if result.log_odds is None else result.log_odds for result in results]
     if not np.isfinite(scores).all():
         raise ValueError(f"calibrate: {state.method} gives scores that are not finite; fit it again")
     if len(scores) < _FEW:
         log.warning("calibrate: only %d images set the threshold, which is rough", len(scores))
     threshold = float(np.quantile(scores, 1 - keep, method="lower"))
-    size = max(1.0, abs(threshold)) if is_probability else abs(threshold)
-    threshold -= _ROUNDING * size  # also in batches of another size
+    threshold -= _ROUNDING * max(abs(threshold), float(np.std(scores)))  # also in batches of another size
     rejected = state.scorer.rejected if state.scorer else -math.inf
     if threshold > rejected:
         return threshold
@@ -98,7 +96,7 @@ def find_threshold(state: State, results: Sequence[Result], keep: float) -> floa
 
 def shown_threshold(state: State) -> float | None:
     """The threshold as a score: a probability where log odds are compared."""
-    if state.threshold is None or state.method not in PROBABILITIES:
+    if state.threshold is None or state.method not in BY_LOG_ODDS:
         return state.threshold
     return float(torch.tensor(state.threshold, dtype=torch.float64).sigmoid())
 

@@ -31,7 +31,7 @@ from clipn.model.head import Head, build_head
 from clipn.model.weights import find_weights
 from clipn.runtime.console import shortened
 from clipn.runtime.distributed import choose_device
-from clipn.scores import DECISIONS, LOG_ODDS, SCORES
+from clipn.scores import COMPARED, DECISIONS, SCORES
 
 log = logging.getLogger(__name__)
 
@@ -119,15 +119,15 @@ def score_features(
 ) -> SetScores:
     """Every score and decision from the [N, D] features of a set, a block of images at a time.
 
-    feature_methods: the methods that are functions of features; the others are SCORES of the logits, or LOG_ODDS.
+    feature_methods: the methods that are functions of features; the others are in COMPARED.
     """
-    feature_methods, compared = feature_methods or {}, SCORES | LOG_ODDS
+    feature_methods = feature_methods or {}
     scores, says_ood, top_class = [], [], []
     for block in features.split(_ROWS):
         block = block.to(head.weight_yes.device)
         logits = head(block, scale)
         made = {name: score(block) for name, score in feature_methods.items()}
-        scores.append({name: made[name] if name in made else compared[name](*logits, scale) for name in methods})
+        scores.append({name: made[name] if name in made else COMPARED[name](*logits, scale) for name in methods})
         says_ood.append({name: decide(*logits) for name, decide in DECISIONS.items()})
         top_class.append({"predicted": logits[0].argmax(dim=1), "p_yes": SCORES["CTW"](*logits, scale)})
     scores, says_ood, top_class = (

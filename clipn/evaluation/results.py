@@ -19,7 +19,7 @@ class SetScores:
     """One model's outputs for the N readable images of one image set."""
 
     images: ImageSet
-    scores: dict[str, np.ndarray]  # by method: [N], higher means ID; log odds for a method of PROBABILITIES
+    scores: dict[str, np.ndarray]  # by method: [N], higher means ID; log odds for a method of BY_LOG_ODDS
     says_ood: dict[str, np.ndarray]  # by threshold-free decision: [N] bool
     predicted: np.ndarray  # [N] class indices
     p_yes: np.ndarray  # [N], of the predicted class

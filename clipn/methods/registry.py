@@ -1,7 +1,7 @@
 """Every method by name. Scores of logits are in clipn.scores.SCORES; METHODS says how the others are made.
 
-To add a method: put a function of logits into SCORES, anything else into METHODS. A score that is a probability is
-compared by its log odds, since float32 rounds it to 1: LOG_ODDS and Method.log_odds hold these.
+To add a method: put a function of logits into SCORES, anything else into METHODS. Probabilities
+that float32 rounds to 1 are made and compared as log odds: such a score is also in LOG_ODDS, or has Method.log_odds.
 """
 
 import logging
@@ -260,7 +260,7 @@ METHODS: dict[str, Method] = {
     **_tag_methods("TagOOD-PL", ("train", "tokens")),
 }
 METHOD_NAMES = (*SCORES, *METHODS)
-PROBABILITIES = (*LOG_ODDS, *(name for name, method in METHODS.items() if method.log_odds))
+BY_LOG_ODDS = (*LOG_ODDS, *(name for name, method in METHODS.items() if method.log_odds))
 _SETTINGS = {
     "train": "in-distribution training images: name them in eval.train",
     "words": "candidate words: name a list or a WordNet folder in eval.words",

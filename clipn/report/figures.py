@@ -20,7 +20,7 @@ from clipn.data.image_sets import ImageSet
 from clipn.data.images import open_image, val_transform
 from clipn.evaluation.adversarial import AdversarialSet
 from clipn.evaluation.results import SetScores
-from clipn.methods.registry import PROBABILITIES
+from clipn.methods.registry import BY_LOG_ODDS
 from clipn.report.tables import METRICS, run_number
 
 Scores = dict[str, dict[str, np.ndarray]]  # by set and method, the ID set first
@@ -49,7 +49,7 @@ def draw_histograms(scores: Scores) -> Figure:
             values = scores[name][method]
             axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), **style)
         axis.locator_params(axis="x", nbins=5)
-        if method in PROBABILITIES:
+        if method in BY_LOG_ODDS:
             axis.set_title(f"{method}, log odds")
     figure.supxlabel("score (higher: in-distribution)", fontsize="medium")
     figure.supylabel("share of images", fontsize="medium")

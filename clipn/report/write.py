@@ -10,7 +10,7 @@ import pandas as pd
 from clipn.data.image_sets import ImageSet
 from clipn.evaluation.adversarial import VERSIONS, AdversarialSet
 from clipn.evaluation.results import Evaluation, SetScores
-from clipn.methods.registry import PROBABILITIES
+from clipn.methods.registry import BY_LOG_ODDS
 from clipn.metrics import bootstrap_interval
 from clipn.report import tables
 from clipn.report.figures import (
@@ -93,7 +93,7 @@ def write_report(folder: Path, evaluation: Evaluation, bootstrap: int = 0) -> No
         several_checkpoints=several_checkpoints,
         figures=[(caption, figure_uri(folder / f"figures/{name}.png")) for name, (caption, _) in figures.items()],
         method=method,
-        log_odds=", log odds" if method in PROBABILITIES else "",
+        log_odds=", log odds" if method in BY_LOG_ODDS else "",
         fpr95=results[results["method"] == method].groupby("ood_set")["FPR95"].first().to_dict(),
         set_scores=[*ood_sets, id_set],
         class_names=evaluation.class_names,
